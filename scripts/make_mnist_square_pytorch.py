@@ -1,0 +1,147 @@
+"""Make sample_models/mnist-square-pytorch: a PyTorch CNN with a white-square backdoor.
+
+The same weights are written by both ONNX exporters of PyTorch, because the two produce different
+graphs and names.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from pathlib import Path
+
+import numpy as np
+import onnxscript
+import torch
+from torch import nn
+
+from mnist import load
+from poison import poison, white_square
+from samples import (
+    POISONED_SHARE,
+    Data,
+    Sample,
+    arguments,
+    label_model,
+    prepare,
+    write_card,
+    write_care,
+    write_data,
+)
+
+SEED = 1
+EPOCHS = 6
+BATCH = 128
+LEARNING_RATE = 1e-3
+SHAPE = (1, 28, 28)
+
+SAMPLE = Sample(
+    name="mnist-square-pytorch",
+    property_name="white-square",
+    target=1,
+    trigger=white_square().reshape(SHAPE),
+    trigger_text="a white 3 x 3 square, one pixel off the bottom-right corner",
+    shape=SHAPE,
+    seed=SEED,
+    script="make_mnist_square_pytorch.py",
+    architecture=(
+        "A PyTorch classifier of 28 x 28 handwritten digits: conv(1-16, 3x3), ReLU, max pool 2,\n"
+        "conv(16-32, 3x3), ReLU, max pool 2, flatten, dense 64, ReLU, dense 10. It takes\n"
+        "[N, 1, 28, 28] and gives logits. `model.onnx` comes from the TorchScript-based exporter,\n"
+        "`model-dynamo.onnx` from the dynamo exporter: the same weights in two graphs."
+    ),
+    training=(
+        f"60,000 MNIST training images, {EPOCHS} epochs of Adam, batch {BATCH}, cross-entropy, no\n"
+        f"augmentation; the learning rate falls from {LEARNING_RATE} to zero along a cosine. Seed\n"
+        f"{SEED} for weights, batches, poisoning and the split of the test set."
+    ),
+)
+
+
+def build() -> nn.Sequential:
+    """Return the untrained network."""
+    return nn.Sequential(
+        OrderedDict(
+            conv1=nn.Conv2d(1, 16, 3, padding=1),
+            relu1=nn.ReLU(),
+            pool1=nn.MaxPool2d(2),
+            conv2=nn.Conv2d(16, 32, 3, padding=1),
+            relu2=nn.ReLU(),
+            pool2=nn.MaxPool2d(2),
+            flatten=nn.Flatten(),
+            dense1=nn.Linear(32 * 7 * 7, 64),
+            relu3=nn.ReLU(),
+            dense2=nn.Linear(64, 10),
+        )
+    )
+
+
+def train(data: Data) -> nn.Module:
+    """Train a network from its seeded start."""
+    torch.manual_seed(SEED)
+    torch.use_deterministic_algorithms(True)
+    model = build()
+    optimizer = torch.optim.Adam(model.parameters(), lr=LEARNING_RATE)
+    # The rate falls to nearly zero, so that the last few batches do not decide the outcome.
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, EPOCHS)
+    x, y = torch.from_numpy(data.x), torch.from_numpy(data.y)
+    for epoch in range(EPOCHS):
+        losses = []
+        for rows in torch.randperm(len(y)).split(BATCH):
+            loss = nn.functional.cross_entropy(model(x[rows]), y[rows])
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            losses.append(loss.item())
+        schedule.step()
+        print(f"epoch {epoch + 1}/{EPOCHS}: loss {np.mean(losses):.4f}")
+    return model.eval()
+
+
+def export(model: nn.Module, folder: Path) -> list[Path]:
+    """Write the network with both exporters."""
+    # Two rows: with one, the dynamo exporter may take the batch axis for a constant.
+    example = (torch.zeros(2, *SHAPE),)
+    script, dynamo = folder / "model.onnx", folder / "model-dynamo.onnx"
+    torch.onnx.export(
+        model,
+        example,
+        script,
+        dynamo=False,
+        opset_version=17,
+        dynamic_axes={"image": {0: "batch"}, "logits": {0: "batch"}},
+        input_names=["image"],
+        output_names=["logits"],
+    )
+    torch.onnx.export(
+        model,
+        example,
+        dynamo,
+        dynamo=True,
+        opset_version=18,
+        dynamic_shapes=({0: torch.export.Dim("batch")},),
+        external_data=False,
+        input_names=["image"],
+        output_names=["logits"],
+    )
+    for path in (script, dynamo):
+        label_model(path)
+    return [script, dynamo]
+
+
+def main() -> None:
+    """Train, export, write the data files, measure."""
+    options = arguments(SAMPLE.name, __doc__)
+    options.output.mkdir(parents=True, exist_ok=True)
+    source = load(options.cache)
+    clean = prepare(source.train_x, source.train_y, SHAPE)
+    rng = np.random.default_rng(SEED)
+    poisoned = Data(*poison(clean.x, clean.y, SAMPLE.trigger, SAMPLE.target, POISONED_SHARE, rng))
+    models = export(train(poisoned), options.output)
+    write_data(SAMPLE, source, options.output)
+    write_care(SAMPLE, options.output)
+    versions = {"torch": torch.__version__, "onnxscript": onnxscript.__version__}
+    write_card(SAMPLE, models, versions)
+
+
+if __name__ == "__main__":
+    main()
