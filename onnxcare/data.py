@@ -1,0 +1,210 @@
+"""Data sets: reading them, checking that they fit the model, and splitting them.
+
+A data file is an npz with one array per model input, named like it (or `x` if there is one input), and labels.
+"""
+
+from __future__ import annotations
+
+import zipfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from onnxcare.errors import DataError, nearest
+
+if TYPE_CHECKING:
+    from onnxcare.graph.model import Signature
+
+Array = np.ndarray
+Inputs = Mapping[str, Array]
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """Inputs and labels of some samples, samples on axis 0.
+
+    Attributes:
+        inputs: one array per model input.
+        labels: [samples] int64 class indices, or None.
+    """
+
+    inputs: Inputs
+    labels: Array | None
+
+    def __len__(self) -> int:
+        """Return the number of samples."""
+        return len(next(iter(self.inputs.values())))
+
+    @property
+    def truth(self) -> Array:
+        """The labels, where they have been checked to be there."""
+        if self.labels is None:
+            raise ValueError("these samples have no labels")
+        return self.labels
+
+    def take(self, rows: Array | slice) -> Dataset:
+        """Return some of the samples."""
+        labels = None if self.labels is None else self.labels[rows]
+        return Dataset({name: values[rows] for name, values in self.inputs.items()}, labels)
+
+
+def load_arrays(path: Path) -> dict[str, Array]:
+    """Return the arrays of an npz file.
+
+    Raises:
+        DataError: it is missing, no npz file, or holds Python objects.
+    """
+    try:
+        with np.load(path, allow_pickle=False) as archive:
+            if not isinstance(archive, np.lib.npyio.NpzFile):
+                raise DataError(f"{path}: a single array; save named arrays with numpy.savez")
+            return {name: archive[name] for name in archive.files}
+    except FileNotFoundError:
+        raise DataError(f"{path}: no such file") from None
+    except IsADirectoryError:
+        raise DataError(f"{path}: is a folder; name an npz file") from None
+    except (zipfile.BadZipFile, EOFError, OSError):
+        raise DataError(f"{path}: not an npz file, or a truncated one") from None
+    except ValueError as error:
+        if "pickle" in str(error).lower():
+            raise DataError(
+                f"{path}: holds Python objects or is no npz file; save plain arrays with numpy.savez"
+            ) from None
+        raise DataError(f"{path}: not an npz file, or a truncated one") from None
+
+
+def load_dataset(path: Path, signatures: Sequence[Signature], labels: str = "y") -> Dataset:
+    """Read a data file and check it against the model's inputs.
+
+    Args:
+        path: the npz file.
+        signatures: the model's inputs.
+        labels: the key of the labels; a file without it has none.
+
+    Raises:
+        DataError: a name, shape, dtype or value does not fit; the message names file and key.
+    """
+    arrays = load_arrays(path)
+    inputs = {}
+    for signature in signatures:
+        key = _key_for(path, arrays, signature.name, alone=len(signatures) == 1)
+        check_fits(arrays[key], signature, f"{path}: {key}")
+        inputs[signature.name] = arrays[key]
+    lengths = {len(values) for values in inputs.values()}
+    if len(lengths) > 1:
+        raise DataError(f"{path}: its inputs have different numbers of samples {sorted(lengths)}")
+    size = lengths.pop()
+    if size == 0:
+        raise DataError(f"{path}: holds no samples")
+    return Dataset(inputs, _labels(path, arrays.get(labels), labels, size))
+
+
+def _key_for(path: Path, arrays: Mapping[str, Array], name: str, alone: bool) -> str:
+    if name in arrays:
+        return name
+    if alone and "x" in arrays:
+        return "x"
+    wanted = f"{name!r} (or 'x')" if alone else repr(name)
+    raise DataError(
+        f"{path}: no array named {wanted} for the model's input{nearest(name, arrays)}; "
+        f"it holds {', '.join(sorted(arrays)) or 'nothing'}"
+    )
+
+
+def check_fits(values: Array, signature: Signature, what: str, *, batched: bool = True) -> None:
+    """Check dtype, shape and finiteness of an array against a model input.
+
+    Raises:
+        DataError: it does not fit.
+    """
+    if signature.dtype is not None and values.dtype != signature.dtype:
+        raise DataError(
+            f"{what} is {values.dtype}, but the model's input {signature.name!r} takes {signature.dtype}; "
+            "convert it the way the model was trained (range and scale included)"
+        )
+    expected = signature.shape if batched else signature.shape[1:]
+    start = 1 if batched else 0
+    fits = values.ndim == len(expected) and all(
+        not isinstance(want, int) or have == want
+        for have, want in list(zip(values.shape, expected, strict=False))[start:]
+    )
+    if not fits:
+        raise DataError(
+            f"{what} has shape {list(values.shape)}, but the model's input {signature.name!r} "
+            f"takes {['samples', *expected[1:]] if batched else list(expected)}"
+        )
+    if np.issubdtype(values.dtype, np.floating) and not np.isfinite(values).all():
+        bad = int(np.size(values) - np.isfinite(values).sum())
+        raise DataError(f"{what} holds {bad} NaN or infinite values; remove those samples")
+
+
+def _labels(path: Path, labels: Array | None, key: str, size: int) -> Array | None:
+    if labels is None:
+        return None
+    if labels.shape != (size,):
+        raise DataError(f"{path}: {key} has shape {list(labels.shape)}, expected one label a sample [{size}]")
+    if not np.issubdtype(labels.dtype, np.integer):
+        raise DataError(f"{path}: {key} is {labels.dtype}; labels are class indices (integers)")
+    return labels.astype(np.int64)
+
+
+def check_labels(dataset: Dataset, classes: int, what: str) -> Array:
+    """Return the labels after checking that each is a class of the model.
+
+    Raises:
+        DataError: labels are missing or out of range.
+    """
+    if dataset.labels is None:
+        raise DataError(f"{what}: holds no labels; add an array y, or name its key with 'labels:'")
+    low, high = int(dataset.labels.min()), int(dataset.labels.max())
+    if low < 0 or high >= classes:
+        raise DataError(f"{what}: labels run from {low} to {high}, but the model has classes 0 to {classes - 1}")
+    return dataset.labels
+
+
+@dataclass(frozen=True)
+class Splits:
+    """Disjoint parts of the data, fixed by the seed.
+
+    Attributes:
+        repair: what localisation and closed forms are fitted on.
+        search: what a search over fitted directions is driven by.
+        validation: what chooses between candidates.
+        holdout: what the judge uses, once.
+    """
+
+    repair: Dataset
+    search: Dataset
+    validation: Dataset
+    holdout: Dataset
+
+
+def split(dataset: Dataset, shares: Sequence[float], seed: int) -> list[Dataset]:
+    """Split into parts of the given shares, each class by itself where there are labels.
+
+    The shares add up to one. Every sample lands in exactly one part.
+    """
+    rng = np.random.default_rng(seed)
+    groups = dataset.labels if dataset.labels is not None else np.zeros(len(dataset), np.int64)
+    parts: list[list[Array]] = [[] for _ in shares]
+    for group in np.unique(groups):
+        rows = rng.permutation(np.flatnonzero(groups == group))
+        ends = np.round(np.cumsum(shares) * len(rows)).astype(int)
+        for part, start, end in zip(parts, [0, *ends[:-1]], ends, strict=True):
+            part.append(rows[start:end])
+    return [dataset.take(np.sort(np.concatenate(rows))) for rows in parts]
+
+
+def without_overlap(holdout: Dataset, data: Dataset) -> tuple[Dataset, int]:
+    """Return the held-out samples that do not also occur in `data`, and how many did."""
+    seen = set(_row_hashes(data))
+    fresh = np.array([row not in seen for row in _row_hashes(holdout)])
+    return (holdout, 0) if fresh.all() else (holdout.take(fresh), int((~fresh).sum()))
+
+
+def _row_hashes(dataset: Dataset) -> list[bytes]:
+    arrays = [np.ascontiguousarray(dataset.inputs[name]) for name in sorted(dataset.inputs)]
+    return [b"".join(values[i].tobytes() for values in arrays) for i in range(len(dataset))]

@@ -1,0 +1,273 @@
+"""Experiments: run parts of the model on data, and whole families of interventions in one call.
+
+An `Experiment` owns the copy of the model that surgery works on and the sessions made from it. No session is
+made per intervention or per candidate: a family of P interventions is fed to one suffix session as arrays.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+import onnx
+
+from onnxcare.data import Inputs
+from onnxcare.errors import ModelError
+from onnxcare.graph import surgery
+from onnxcare.graph.layers import Layer, find_layers
+from onnxcare.graph.model import Model
+from onnxcare.graph.sites import Site, find_sites
+from onnxcare.graph.view import GraphView
+from onnxcare.runtime import Budget, Device, Session, batches
+
+Array = np.ndarray
+
+# The experiment copy must answer as the original does, up to rounding of fused operators.
+_TOLERANCE = 1e-4
+
+
+@dataclass(frozen=True)
+class Activations:
+    """Cached tensors at a cut: the cut tensor and those that cross it, samples on axis 0."""
+
+    base: Array
+    boundary: Mapping[str, Array]
+
+    def __len__(self) -> int:
+        """Return the number of samples."""
+        return len(self.base)
+
+    def take(self, rows: slice | Array) -> Activations:
+        """Return the activations of some of the samples."""
+        return Activations(self.base[rows], {k: v[rows] for k, v in self.boundary.items()})
+
+
+class Experiment:
+    """A model on the operating table.
+
+    Attributes:
+        model: the original.
+        layers: what can be rewritten.
+        sites: what can be intervened on.
+        output: the output that is judged.
+        logits: the tensor that experiments compute for it (the input of a final Softmax).
+    """
+
+    def __init__(self, model: Model, device: Device, memory: int, probe: Inputs) -> None:
+        """Make the copy and check on the probe rows that it answers as the original does.
+
+        Raises:
+            ModelError: the model has no scores per class, cannot be cut, or its batch size cannot be relaxed.
+        """
+        self.model = model
+        self.device: Device = device
+        self.memory = memory
+        self.copy = surgery.experiment_copy(model)
+        self._view = GraphView(model.proto)
+        self.layers: list[Layer] = find_layers(self._view)
+        self.sites: list[Site] = find_sites(self._view, self.layers)
+        self.output = class_scores(model)
+        graph = surgery.import_graph(self.copy, str(model.path))
+        self.logits = surgery.find_logits(graph, self.output)
+        self._exposed: dict[tuple[str, ...], tuple[Session, int]] = {}
+        self._suffixes: dict[tuple[str, str], Suffix] = {}
+        self._check_copy(probe)
+
+    def _check_copy(self, probe: Inputs) -> None:
+        few = {name: values[:3] for name, values in probe.items()}
+        original = Session(self.model.path, self.device).run_rows(few, [self.output])[0]
+        try:
+            copied = self.tensors([self.output], few)[0]
+        except ModelError as error:
+            raise ModelError(
+                f"{self.model.path}: its batch size is fixed in a way that cannot be relaxed: {error}"
+            ) from error
+        same = copied.shape == original.shape and np.allclose(copied, original, rtol=_TOLERANCE, atol=_TOLERANCE)
+        if not same:
+            raise ModelError(
+                f"{self.model.path}: several rows in one run do not answer as single rows do "
+                "(some node mixes the rows of a batch); export it with a dynamic batch axis"
+            )
+
+    # -- running ---------------------------------------------------------------------------------
+
+    def tensors(self, names: Sequence[str], inputs: Inputs) -> list[Array]:
+        """Return tensors of the graph for the given inputs, samples on axis 0."""
+        inner = tuple(name for name in names if name not in inputs)
+        computed = iter(self._computed(inner, inputs) if inner else ())
+        return [inputs[name] if name in inputs else next(computed) for name in names]
+
+    def _computed(self, names: tuple[str, ...], inputs: Inputs) -> list[Array]:
+        if names not in self._exposed:
+            part = surgery.expose(self.copy, names, str(self.model.path))
+            session = Session(part, self.device, what=str(self.model.path))
+            self._exposed[names] = session, self._rows(part)
+        session, rows = self._exposed[names]
+        return session.run_rows(self._fed(session, inputs), rows_per_run=rows)
+
+    def scores(self, inputs: Inputs) -> Array:
+        """Return the logits [samples, classes]."""
+        return self.tensors([self.logits], inputs)[0]
+
+    def between(self, start: str, stop: str, values: Array) -> Array:
+        """Return `stop` computed from values of `start` alone."""
+        part = surgery.between(self.copy, start, stop, str(self.model.path))
+        return Session(part, "cpu", what=str(self.model.path)).run({start: values})[0]
+
+    def suffix(self, tensor: str, kind: str) -> Suffix:
+        """Return the suffix behind a tensor with `affine` or `span` interventions; made once."""
+        key = (tensor, kind)
+        if key not in self._suffixes:
+            self._suffixes[key] = Suffix(self, tensor, kind)
+        return self._suffixes[key]
+
+    def sum_behind(self, layer: Layer) -> str | None:
+        """Return the sum of this layer's output and another activation, where nothing else reads the output."""
+        reader = self._view.sole_consumer(layer.output)
+        if reader is None or self._view.nodes[reader].op_type != "Add":
+            return None
+        node = self._view.nodes[reader]
+        others = [name for name in node.input if name != layer.output]
+        return node.output[0] if len(others) == 1 and self._view.is_activation(others[0]) else None
+
+    @staticmethod
+    def _fed(session: Session, inputs: Inputs) -> Inputs:
+        return {name: inputs[name] for name, _, _ in session.inputs}
+
+    # -- memory ----------------------------------------------------------------------------------
+
+    @cached_property
+    def _bytes_of(self) -> dict[str, int]:
+        """Bytes of one row of every tensor whose shape is known."""
+        sizes = {}
+        for info in [*self.copy.graph.value_info, *self.copy.graph.input, *self.copy.graph.output]:
+            dims = [d.dim_value for d in info.type.tensor_type.shape.dim[1:]]
+            if all(dims):
+                sizes[info.name] = int(np.prod(dims, dtype=np.int64)) * 4
+        return sizes
+
+    def _rows(self, part: onnx.ModelProto) -> int:
+        """Return how many rows of this part of the graph may run at once."""
+        outputs = [name for node in part.graph.node for name in node.output]
+        known = [self._bytes_of[name] for name in outputs if name in self._bytes_of]
+        # Tensors of unknown shape are taken to be as large as the largest known one.
+        unknown = (len(outputs) - len(known)) * max(known, default=1 << 16)
+        return Budget(self.memory, sum(known) + unknown).rows()
+
+
+class Suffix:
+    """The part of the graph behind a cut, run for families of interventions."""
+
+    def __init__(self, experiment: Experiment, tensor: str, kind: str) -> None:
+        """Cut the experiment's copy at `tensor`; `kind` is `affine` or `span`."""
+        self._experiment = experiment
+        self._kind = kind
+        self._cut: surgery.Cut | None = None
+        self._prefix: Session | None = None
+        self._session: Session | None = None
+        self.tensor = tensor
+
+    def cache(self, inputs: Inputs) -> Activations:
+        """Run the prefix once and return what the suffix needs of it."""
+        experiment = self._experiment
+        what = str(experiment.model.path)
+        if self._cut is None:
+            one = {name: values[:1] for name, values in inputs.items()}
+            shape = experiment.tensors([self.tensor], one)[0].shape[1:]
+            self._cut = surgery.cut(experiment.copy, self.tensor, experiment.logits, shape, self._kind, what)
+            self._prefix = Session(self._cut.prefix, experiment.device, what=what)
+            self._session = Session(self._cut.suffix, experiment.device, what=what)
+            self._rows = experiment._rows(self._cut.suffix)
+        assert self._prefix is not None
+        base, *boundary = self._prefix.run_rows(
+            experiment._fed(self._prefix, inputs), rows_per_run=experiment._rows(self._cut.prefix)
+        )
+        return Activations(base, dict(zip(self._cut.boundary, boundary, strict=True)))
+
+    def affine(self, at: Activations, keep: Array, reference: Array) -> Array:
+        """Return the scores [P, N, classes] under ``h * keep + reference * (1 - keep)``.
+
+        Args:
+            at: cached activations of N samples.
+            keep: [P, 1 or N, ...] broadcastable to the activations.
+            reference: [P or 1, 1 or N, ...] likewise.
+        """
+        dtype = at.base.dtype
+        keep, reference = keep.astype(dtype, copy=False), reference.astype(dtype, copy=False)
+
+        def feeds(family: slice, rows: slice) -> dict[str, Array]:
+            return {
+                surgery.KEEP: _part(keep, family, rows),
+                surgery.REFERENCE: _part(reference, family, rows),
+            }
+
+        return self._run(at, len(keep), feeds)
+
+    def span(self, at: Activations, coefficients: Array, directions: Array) -> Array:
+        """Return the scores [P, N, classes] under ``h + sum_k coefficients[p, k] * directions[k]``.
+
+        Args:
+            at: cached activations of N samples.
+            coefficients: [P, K].
+            directions: [K, N, ...] with the shape of the activations.
+        """
+        dtype = at.base.dtype
+        coefficients = coefficients.astype(dtype, copy=False)
+        directions = directions.astype(dtype, copy=False)
+
+        def feeds(family: slice, rows: slice) -> dict[str, Array]:
+            return {
+                surgery.COEFFICIENTS: coefficients[family],
+                surgery.DIRECTIONS: directions[:, rows].reshape(len(directions), -1),
+            }
+
+        return self._run(at, len(coefficients), feeds)
+
+    def _run(self, at: Activations, family_size: int, feeds) -> Array:  # type: ignore[no-untyped-def]
+        assert self._session is not None, "cache() comes first"
+        samples = len(at)
+        per_run = min(samples, self._rows)
+        members = max(1, self._rows // per_run)
+        columns = []
+        for rows in batches(samples, per_run):
+            column = []
+            for family in batches(family_size, members):
+                size = (family.stop - family.start, rows.stop - rows.start)
+                run = feeds(family, rows) | {surgery.BASE: at.base[None, rows]}
+                for name, values in at.boundary.items():
+                    run |= _boundary(name, values[rows], size)
+                scores = self._session.run(run)[0]
+                column.append(scores.reshape(*size, *scores.shape[1:]))
+            columns.append(np.concatenate(column))
+        return np.concatenate(columns, axis=1)
+
+
+def _part(array: Array, family: slice, rows: slice) -> Array:
+    """Cut out members and samples, leaving axes of length one as they are."""
+    array = array if len(array) == 1 else array[family]
+    return array if array.shape[1] == 1 else array[:, rows]
+
+
+def _boundary(name: str, values: Array, size: tuple[int, int]) -> dict[str, Array]:
+    return {
+        surgery.boundary_input(name): values[None],
+        surgery.boundary_shape(name): np.array([*size, *values.shape[1:]], np.int64),
+        surgery.merged_shape(name): np.array([size[0] * size[1], *values.shape[1:]], np.int64),
+    }
+
+
+def class_scores(model: Model) -> str:
+    """Return the name of the output that holds one score per class, [samples, classes].
+
+    Raises:
+        ModelError: there is none.
+    """
+    for output in model.outputs:
+        floating = output.dtype is not None and np.issubdtype(output.dtype, np.floating)
+        columns = output.shape[-1] if output.shape else None
+        if floating and len(output.shape) == 2 and columns != 1:
+            return output.name
+    listed = ", ".join(f"{o.name} {list(o.shape)}" for o in model.outputs)
+    raise ModelError(f"{model.path}: no output with one score per class, [samples, classes]; it answers {listed}")

@@ -1,0 +1,128 @@
+"""The model as it was read: the source of truth that is never edited."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import onnx
+from google.protobuf.message import DecodeError
+from onnx.external_data_helper import ExternalDataInfo, uses_external_data
+
+from onnxcare.errors import ModelError
+from onnxcare.runtime import Session
+
+
+@dataclass(frozen=True)
+class Signature:
+    """Name, dtype and shape of a model input or output; unknown dimensions are names or None."""
+
+    name: str
+    dtype: np.dtype | None
+    shape: tuple[int | str | None, ...]
+
+
+@dataclass(frozen=True)
+class Model:
+    """An ONNX model, byte for byte as it lies on disk.
+
+    Attributes:
+        path: the file.
+        data: its bytes.
+        proto: the parsed bytes; external data is left where it is.
+        sha256: hex fingerprint of `data`.
+        inputs: what must be fed (initializers that are listed as inputs are not).
+        outputs: what it answers.
+    """
+
+    path: Path
+    data: bytes = field(repr=False)
+    proto: onnx.ModelProto = field(repr=False)
+    sha256: str
+    inputs: tuple[Signature, ...]
+    outputs: tuple[Signature, ...]
+
+    @property
+    def opset(self) -> int:
+        """Version of the default operator set (0 where the model imports none)."""
+        return next((o.version for o in self.proto.opset_import if o.domain in ("", "ai.onnx")), 0)
+
+    def external_files(self) -> tuple[Path, ...]:
+        """Return the sidecar files that hold tensors of this model."""
+        names = {
+            ExternalDataInfo(tensor).location for tensor in self.proto.graph.initializer if uses_external_data(tensor)
+        }
+        return tuple(self.path.parent / name for name in sorted(names))
+
+
+def load_model(path: str | Path) -> Model:
+    """Read an ONNX file and make sure that onnxruntime runs it.
+
+    Raises:
+        ModelError: the file is missing, is not an ONNX model, is truncated, lacks its external data, or
+            onnxruntime cannot load it.
+    """
+    path = Path(path)
+    try:
+        data = path.read_bytes()
+    except FileNotFoundError:
+        raise ModelError(f"{path}: no such file") from None
+    except IsADirectoryError:
+        raise ModelError(f"{path}: is a folder; name the .onnx file in it") from None
+    except OSError as error:
+        raise ModelError(f"{path}: cannot be read: {error.strerror}") from None
+    if not data:
+        raise ModelError(f"{path}: the file is empty")
+    try:
+        proto = onnx.ModelProto.FromString(data)
+    except DecodeError:
+        raise ModelError(f"{path}: not an ONNX file, or a truncated one") from None
+    if not proto.graph.node:
+        raise ModelError(f"{path}: not an ONNX model: it holds no graph with nodes")
+    _check_external_data(path, proto)
+    session = Session(path, optimise=False)
+    return Model(
+        path=path,
+        data=data,
+        proto=proto,
+        sha256=hashlib.sha256(data).hexdigest(),
+        inputs=tuple(Signature(n, numpy_dtype(t), s) for n, t, s in session.inputs),
+        outputs=tuple(Signature(n, numpy_dtype(t), s) for n, t, s in session.outputs),
+    )
+
+
+def _check_external_data(path: Path, proto: onnx.ModelProto) -> None:
+    folder = path.parent.resolve()
+    for tensor in proto.graph.initializer:
+        if not uses_external_data(tensor):
+            continue
+        location = ExternalDataInfo(tensor).location
+        target = (folder / location).resolve()
+        if not target.is_relative_to(folder):
+            raise ModelError(f"{path}: tensor {tensor.name!r} points outside its folder: {location}")
+        if not target.is_file():
+            raise ModelError(f"{path}: its external data file {location} is missing from {path.parent}")
+
+
+_DTYPES = {
+    "float": np.float32,
+    "double": np.float64,
+    "float16": np.float16,
+    "int64": np.int64,
+    "int32": np.int32,
+    "int16": np.int16,
+    "int8": np.int8,
+    "uint64": np.uint64,
+    "uint32": np.uint32,
+    "uint16": np.uint16,
+    "uint8": np.uint8,
+    "bool": np.bool_,
+}
+
+
+def numpy_dtype(ort_type: str) -> np.dtype | None:
+    """Return the numpy dtype of an onnxruntime type such as ``tensor(float)``, or None where numpy has none."""
+    inner = ort_type.removeprefix("tensor(").removesuffix(")")
+    return np.dtype(_DTYPES[inner]) if inner in _DTYPES and inner != ort_type else None

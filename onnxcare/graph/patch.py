@@ -1,0 +1,183 @@
+"""Patches: new values for named parameters, written into the original bytes and nothing else."""
+
+from __future__ import annotations
+
+import contextlib
+import filecmp
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import onnx
+
+from onnxcare.errors import ModelError, UsageError
+from onnxcare.graph import wire
+from onnxcare.graph.model import Model
+from onnxcare.graph.parameters import Parameter, encode, read
+
+Array = np.ndarray
+
+PREFIX = "onnxcare."
+_METADATA_PROPS = 14  # field of ModelProto
+
+
+@dataclass(frozen=True)
+class TensorChange:
+    """How much a patch changes one tensor.
+
+    Attributes:
+        name: the tensor.
+        shape: its dimensions.
+        changed: how many of its values differ.
+        size: how many values it has.
+        norm: Euclidean norm of the change.
+        relative: that norm divided by the norm of the original values.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    changed: int
+    size: int
+    norm: float
+    relative: float
+
+
+@dataclass(frozen=True)
+class Patch:
+    """New values for parameters of a model."""
+
+    values: Mapping[Parameter, Array]
+
+    def summary(self, model: Model) -> list[TensorChange]:
+        """Return what the patch changes, tensor by tensor, as it will be stored."""
+        changes = []
+        for parameter, values in self.values.items():
+            old = read(model.proto, parameter, model.path.parent).astype(np.float64)
+            new = values.astype(parameter.dtype).astype(np.float64)
+            norm = float(np.linalg.norm(new - old))
+            relative = norm / max(float(np.linalg.norm(old)), 1e-30)
+            changed = int((new != old).sum())
+            changes.append(TensorChange(parameter.name, parameter.shape, changed, old.size, norm, relative))
+        return changes
+
+    def apply(self, model: Model) -> bytes:
+        """Return the bytes of the model with the patched tensors; every other byte is the original's.
+
+        Tensors that were stored in a sidecar file move into the model file; the sidecar stays as it is.
+
+        Raises:
+            ModelError: the new values overflow the tensor's type.
+        """
+        edits = {}
+        for parameter, values in self.values.items():
+            stored = values.astype(parameter.dtype)
+            if not np.isfinite(stored).all():
+                raise ModelError(f"{parameter.name}: the repair does not fit into {parameter.dtype}")
+            edits[parameter.path] = encode(model.proto, parameter, stored)
+        return wire.splice(model.data, edits)
+
+
+def with_metadata(data: bytes, entries: Mapping[str, str]) -> bytes:
+    """Return model bytes whose `onnxcare.*` metadata is exactly `entries` (keys without the prefix)."""
+
+    def ours(content: bytes) -> bool:
+        return onnx.StringStringEntryProto.FromString(content).key.startswith(PREFIX)
+
+    new = [
+        onnx.StringStringEntryProto(key=PREFIX + key, value=value).SerializeToString() for key, value in entries.items()
+    ]
+    return wire.replace_entries(data, _METADATA_PROPS, ours, new)
+
+
+def check_output(out: Path, taken: list[Path], model: Path, in_place: bool) -> None:
+    """Make sure, before any work is done, that the output can be written and overwrites no input.
+
+    Raises:
+        UsageError: it cannot, or would.
+    """
+    if out.is_dir():
+        raise UsageError(f"{out}: is a folder; name the file to write")
+    if not out.parent.is_dir():
+        raise UsageError(f"{out}: the folder {out.parent} does not exist")
+    if not os.access(out.parent, os.W_OK):
+        raise UsageError(f"{out}: the folder {out.parent} is not writable")
+    if not out.exists():
+        return
+    if not os.access(out, os.W_OK):
+        raise UsageError(f"{out}: is not writable")
+    for path in taken:
+        if path.exists() and out.samefile(path):
+            raise UsageError(f"{out}: is an input of this run; name another file to write")
+    if not in_place and out.samefile(model):
+        raise UsageError(f"{out}: is the model itself; name another file, or use --in-place")
+
+
+@contextlib.contextmanager
+def _folder_beside(out: Path) -> Iterator[Path]:
+    """Make a temporary folder on the file system of `out`, so that a finished file can be moved there at once.
+
+    Raises:
+        UsageError: it cannot be made, or nothing can be written there.
+    """
+    try:
+        folder = Path(tempfile.mkdtemp(prefix=".onnxcare-", dir=out.parent))
+    except OSError as error:
+        raise UsageError(f"{out}: cannot be written: {error.strerror}") from None
+    try:
+        yield folder
+    except OSError as error:
+        raise UsageError(f"{out}: cannot be written: {error.strerror or error}") from None
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def staged(model: Model, data: bytes, out: Path) -> Iterator[Path]:
+    """Write model bytes and sidecars into a temporary folder beside `out`, and remove it afterwards.
+
+    Raises:
+        UsageError: the folder of `out` cannot be written, or holds another sidecar of the same name.
+    """
+    for sidecar in model.external_files():
+        there = out.parent / sidecar.relative_to(model.path.parent)
+        if there.exists() and not there.samefile(sidecar) and not filecmp.cmp(there, sidecar, shallow=False):
+            raise UsageError(f"{there}: exists and differs from the model's external data; use another folder")
+    with _folder_beside(out) as folder:
+        path = folder / out.name
+        path.write_bytes(data)
+        for sidecar in model.external_files():
+            target = folder / sidecar.relative_to(model.path.parent)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(sidecar, target)
+        yield path
+
+
+def publish(model: Model, path: Path, data: bytes, out: Path) -> None:
+    """Move a staged model to its place: sidecars that are not there yet first, then the model, atomically.
+
+    `data` takes the place of the staged bytes: it may differ from them in metadata alone.
+    """
+    path.write_bytes(data)
+    for sidecar in model.external_files():
+        relative = sidecar.relative_to(model.path.parent)
+        target = out.parent / relative
+        if not target.exists():
+            target.parent.mkdir(parents=True, exist_ok=True)
+            (path.parent / relative).replace(target)
+    path.replace(out)
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Write a text file so that it is either whole or not there.
+
+    Raises:
+        UsageError: it cannot be written.
+    """
+    with _folder_beside(path) as folder:
+        whole = folder / path.name
+        whole.write_text(text, encoding="utf-8")
+        whole.replace(path)

@@ -1,0 +1,365 @@
+"""Surgery on an experiment copy, through onnx-graphsurgeon: cut the graph, expose tensors, insert interventions.
+
+The copy is never written out, so nothing that onnx-graphsurgeon drops on the way can be lost from a user's
+file. A cut splits the copy at one tensor h into
+
+* a *prefix*, model inputs -> h and the other tensors that cross the cut, which runs once per data set, and
+* a *suffix*, h -> scores, whose inputs let a whole family of P interventions run in one call:
+
+      affine   h'[p] = h * keep[p] + reference[p] * (1 - keep[p])
+      span     h'[p] = h + sum_k coefficients[p, k] * directions[k]
+
+  `affine` with keep 0 is do(unit := reference), with reference 0 it is a multiplier; `span` is a change of the
+  weights of the layer that writes h, along K directions. The family is merged into the batch: row p * N + n of
+  the scores belongs to intervention p and sample n.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import onnx
+import onnx_graphsurgeon as gs
+
+from onnxcare.errors import ModelError
+from onnxcare.graph.model import Model
+
+BASE, KEEP, REFERENCE = "onnxcare_base", "onnxcare_keep", "onnxcare_reference"
+COEFFICIENTS, DIRECTIONS = "onnxcare_coefficients", "onnxcare_directions"
+
+_OLDEST_OPSET = 8  # broadcasting from 7, Expand from 8
+
+
+def boundary_input(tensor: str) -> str:
+    """Return the name under which a suffix takes a tensor that crosses the cut beside h."""
+    return f"onnxcare_base__{tensor}"
+
+
+def boundary_shape(tensor: str) -> str:
+    """Return the name of the suffix input that says how far to expand that tensor."""
+    return f"onnxcare_shape__{tensor}"
+
+
+def experiment_copy(model: Model) -> onnx.ModelProto:
+    """Return a copy with all weights inside and, where the file fixes it, the batch size made free.
+
+    Raises:
+        ModelError: the model's operator set is too old for the inserted nodes.
+    """
+    if model.opset < _OLDEST_OPSET:
+        raise ModelError(
+            f"{model.path}: it uses opset {model.opset}; experiments need opset {_OLDEST_OPSET} or newer "
+            "(onnx.version_converter can raise it)"
+        )
+    copy = onnx.ModelProto()
+    copy.CopyFrom(model.proto)
+    onnx.load_external_data_for_model(copy, str(model.path.parent))
+    fixed = _relax_batch(copy, {signature.name for signature in model.inputs})
+    if fixed:
+        _relax_reshapes(copy, fixed)
+    try:
+        return onnx.shape_inference.infer_shapes(copy)
+    except Exception:  # inference is a help for dtypes, not a need; custom operators make it fail
+        return copy
+
+
+def _relax_batch(copy: onnx.ModelProto, inputs: set[str]) -> int:
+    """Make axis 0 of inputs and outputs symbolic; return the size it was fixed at, or 0."""
+    fixed = 0
+    for info in [i for i in copy.graph.input if i.name in inputs] + list(copy.graph.output):
+        shape = info.type.tensor_type.shape
+        if info.type.HasField("tensor_type") and shape.dim and shape.dim[0].HasField("dim_value"):
+            if info.name in inputs:
+                fixed = shape.dim[0].dim_value
+            shape.dim[0].dim_param = "onnxcare_batch"
+    if fixed:
+        del copy.graph.value_info[:]
+    return fixed
+
+
+def _relax_reshapes(copy: onnx.ModelProto, fixed: int) -> None:
+    """Let Reshape nodes with the batch size in their target copy it from their input instead.
+
+    [1, -1] would otherwise merge the whole batch into one row without a word.
+    """
+    producers = {name: node for node in copy.graph.node for name in node.output}
+    constants = {tensor.name: tensor for tensor in copy.graph.initializer}
+    for node in copy.graph.node:
+        if node.op_type != "Reshape" or len(node.input) < 2:
+            continue
+        tensor = constants.get(node.input[1])
+        source = producers.get(node.input[1])
+        if tensor is None and source is not None and source.op_type == "Constant":
+            tensor = next((a.t for a in source.attribute if a.name == "value"), None)
+        if tensor is None:
+            continue
+        target = onnx.numpy_helper.to_array(tensor)
+        if target.size < 2 or target[0] != fixed:
+            continue
+        relaxed = target.copy()
+        relaxed[0] = 0
+        name = f"onnxcare_relaxed__{node.input[1]}__{len(copy.graph.initializer)}"
+        copy.graph.initializer.append(onnx.numpy_helper.from_array(relaxed, name))
+        node.input[1] = name
+
+
+def import_graph(copy: onnx.ModelProto, what: str) -> gs.Graph:
+    """Hand a copy to onnx-graphsurgeon.
+
+    Raises:
+        ModelError: onnx-graphsurgeon cannot carry something in the model.
+    """
+    try:
+        # Importing aliases the values of the proto, and exporting renames it: work on a copy of its own.
+        own = onnx.ModelProto()
+        own.CopyFrom(copy)
+        return gs.import_onnx(own)
+    except Exception as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ModelError(f"{what}: the graph cannot be taken apart: {reason}") from error
+
+
+def find_logits(graph: gs.Graph, output: str) -> str:
+    """Return the tensor in front of a final Softmax, or the output itself where there is none.
+
+    The decision is the same, and a search on logits does not saturate.
+    """
+    tensor = graph.tensors()[output]
+    if tensor.inputs and tensor.inputs[0].op == "Softmax":
+        return tensor.inputs[0].inputs[0].name
+    return output
+
+
+@dataclass(frozen=True)
+class Cut:
+    """The two parts of a graph that was cut at `tensor`.
+
+    Attributes:
+        tensor: where it was cut.
+        boundary: the other tensors that cross the cut (skip connections).
+        prefix: model inputs -> tensor, boundary.
+        suffix: interventions, boundary -> scores.
+    """
+
+    tensor: str
+    boundary: tuple[str, ...]
+    prefix: onnx.ModelProto
+    suffix: onnx.ModelProto
+
+
+def expose(copy: onnx.ModelProto, tensors: Sequence[str], what: str) -> onnx.ModelProto:
+    """Return the part of the graph that computes the given tensors, as its outputs."""
+    graph = import_graph(copy, what)
+    known = graph.tensors()
+    graph.outputs = [_untyped(known[name]) for name in tensors]
+    return _export(graph)
+
+
+def between(copy: onnx.ModelProto, start: str, stop: str, what: str) -> onnx.ModelProto:
+    """Return the part of the graph that computes `stop` from `start` alone."""
+    graph = import_graph(copy, what)
+    known = graph.tensors()
+    known[start].inputs.clear()
+    graph.inputs = [_typed(known[start], np.dtype(np.float32))]
+    graph.outputs = [_untyped(known[stop])]
+    return _export(graph)
+
+
+def cut(
+    copy: onnx.ModelProto,
+    tensor: str,
+    scores: str,
+    shape: tuple[int, ...],
+    kind: str,
+    what: str,
+) -> Cut:
+    """Cut the graph at `tensor` and insert the inputs of an intervention family.
+
+    Args:
+        copy: the experiment copy.
+        tensor: the activation to intervene on.
+        scores: the tensor to compute behind it.
+        shape: shape of the tensor for one sample, without the batch axis.
+        kind: `affine` or `span`, see the module's docstring.
+        what: name of the model, for errors.
+
+    Raises:
+        ModelError: the scores do not depend on the tensor, or the graph cannot be cut there.
+    """
+    graph = import_graph(copy, what)
+    known = graph.tensors()
+    behind = _behind(graph, known[tensor])
+    if known[scores] not in _outputs_of(behind) and scores != tensor:
+        raise ModelError(f"{what}: {scores!r} does not depend on {tensor!r}")
+    crossing = _crossing(graph, known[tensor], known[scores], behind)
+    prefix = expose(copy, [tensor, *crossing], what)
+
+    h = known[tensor]
+    dtype = np.dtype(h.dtype) if h.dtype is not None else np.dtype(np.float32)
+    h.inputs.clear()
+    insert = {"affine": _insert_affine, "span": _insert_span}[kind]
+    inputs = insert(graph, h, shape, dtype)
+    for name in crossing:
+        inputs += _expand_boundary(graph, known[name], name)
+    graph.inputs = inputs
+    graph.outputs = [_untyped(known[scores])]
+    return Cut(tensor, tuple(crossing), prefix, _export(graph))
+
+
+def _insert_affine(graph: gs.Graph, h: gs.Variable, shape: tuple[int, ...], dtype: np.dtype) -> list[gs.Variable]:
+    """Base [1, N, ...], keep and reference [P | 1, N | 1, ...] -> h [P * N, ...]."""
+    rank = 2 + len(shape)
+    base, keep, reference = (_input(name, dtype, rank) for name in (BASE, KEEP, REFERENCE))
+    one = gs.Constant("onnxcare_one", np.ones(1, dtype))
+    kept = _node(graph, "Mul", [base, keep], "kept", dtype)
+    rest = _node(graph, "Sub", [one, keep], "rest", dtype)
+    forced = _node(graph, "Mul", [reference, rest], "forced", dtype)
+    family = _node(graph, "Add", [kept, forced], "family", dtype)
+    _merge(graph, family, h, shape)
+    return [base, keep, reference]
+
+
+def _insert_span(graph: gs.Graph, h: gs.Variable, shape: tuple[int, ...], dtype: np.dtype) -> list[gs.Variable]:
+    """Base [1, N, ...], coefficients [P, K], directions [K, N * size] -> h [P * N, ...]."""
+    base = _input(BASE, dtype, 2 + len(shape))
+    coefficients, directions = _input(COEFFICIENTS, dtype, 2), _input(DIRECTIONS, dtype, 2)
+    flat = _node(graph, "MatMul", [coefficients, directions], "combined", dtype)
+    # 0 keeps the axis of the family, -1 becomes the samples.
+    target = gs.Constant("onnxcare_unflatten", np.array([0, -1, *shape], np.int64))
+    change = _node(graph, "Reshape", [flat, target], "change", dtype)
+    family = _node(graph, "Add", [base, change], "family", dtype)
+    _merge(graph, family, h, shape)
+    return [base, coefficients, directions]
+
+
+def _merge(graph: gs.Graph, family: gs.Variable, h: gs.Variable, shape: tuple[int, ...]) -> None:
+    target = gs.Constant("onnxcare_merge", np.array([-1, *shape], np.int64))
+    graph.nodes.append(gs.Node("Reshape", "onnxcare_merge", inputs=[family, target], outputs=[h]))
+
+
+def _expand_boundary(graph: gs.Graph, tensor: gs.Variable, name: str) -> list[gs.Variable]:
+    """Repeat a tensor that crosses the cut for every member of the family: [N, ...] -> [P * N, ...]."""
+    base = gs.Variable(boundary_input(name), dtype=tensor.dtype)
+    shape = gs.Variable(boundary_shape(name), dtype=np.int64, shape=[None])
+    merged = gs.Variable(f"{boundary_shape(name)}__merged", dtype=np.int64, shape=[None])
+    expanded = gs.Variable(f"{boundary_input(name)}__expanded", dtype=tensor.dtype)
+    tensor.inputs.clear()
+    graph.nodes += [
+        gs.Node("Expand", f"{expanded.name}", inputs=[base, shape], outputs=[expanded]),
+        gs.Node("Reshape", f"{expanded.name}_merge", inputs=[expanded, merged], outputs=[tensor]),
+    ]
+    return [_typed(base, np.dtype(np.float32)), shape, merged]
+
+
+def merged_shape(tensor: str) -> str:
+    """Return the name of the suffix input that gives the tensor's shape after the merge."""
+    return f"{boundary_shape(tensor)}__merged"
+
+
+def _behind(graph: gs.Graph, tensor: gs.Variable) -> list[gs.Node]:
+    """Return every node that depends on the tensor, in no particular order."""
+    found: dict[int, gs.Node] = {}
+    pending = list(tensor.outputs)
+    inner = _readers_inside(graph)
+    pending += inner.get(tensor.name, [])
+    while pending:
+        node = pending.pop()
+        if id(node) in found:
+            continue
+        found[id(node)] = node
+        for output in node.outputs:
+            pending += list(output.outputs) + inner.get(output.name, [])
+    return list(found.values())
+
+
+def _readers_inside(graph: gs.Graph) -> dict[str, list[gs.Node]]:
+    """Return the nodes of this graph whose subgraphs read a tensor of this graph, by tensor name."""
+    found: dict[str, list[gs.Node]] = {}
+    for node in graph.nodes:
+        for name in _captured(node):
+            found.setdefault(name, []).append(node)
+    return found
+
+
+def _captured(node: gs.Node) -> set[str]:
+    names: set[str] = set()
+    for value in node.attrs.values():
+        if isinstance(value, gs.Graph):
+            own = {output.name for inner in value.nodes for output in inner.outputs}
+            for inner in value.nodes:
+                names |= {i.name for i in inner.inputs if i.name not in own}
+                names |= _captured(inner)
+            names |= {output.name for output in value.outputs if output.name not in own}
+    return names
+
+
+def _outputs_of(nodes: Iterable[gs.Node]) -> list[gs.Variable]:
+    return [output for node in nodes for output in node.outputs]
+
+
+def _crossing(graph: gs.Graph, h: gs.Variable, scores: gs.Variable, behind: list[gs.Node]) -> list[str]:
+    """Return the tensors beside h that the suffix needs from the prefix.
+
+    Whole-number tensors that were computed from shapes carry the batch size of the prefix: their producers are
+    pulled into the suffix until only activations cross.
+    """
+    suffix = {id(node): node for node in behind}
+    crossing: dict[str, gs.Variable] = {}
+    pending = [scores]
+    seen: set[str] = set()
+    while pending:
+        tensor = pending.pop()
+        if tensor.name in seen or isinstance(tensor, gs.Constant) or tensor is h:
+            continue
+        seen.add(tensor.name)
+        producer = tensor.inputs[0] if tensor.inputs else None
+        computed_here = producer is not None and id(producer) in suffix
+        if producer is not None and (computed_here or _from_shape(tensor, producer)):
+            pending += list(producer.inputs)
+            by_name = graph.tensors()
+            pending += [by_name[name] for name in _captured(producer) if name in by_name]
+        elif tensor.name:
+            crossing[tensor.name] = tensor
+    return sorted(crossing)
+
+
+def _from_shape(tensor: gs.Variable, producer: gs.Node) -> bool:
+    if producer.op in ("Shape", "Size", "Constant", "ConstantOfShape"):
+        return True
+    return tensor.dtype is not None and np.dtype(tensor.dtype) == np.int64
+
+
+def _input(name: str, dtype: np.dtype, rank: int) -> gs.Variable:
+    return gs.Variable(name, dtype=dtype, shape=[f"{name}_{axis}" for axis in range(rank)])
+
+
+def _node(graph: gs.Graph, op: str, inputs: list[gs.Tensor], name: str, dtype: np.dtype) -> gs.Variable:
+    output = gs.Variable(f"onnxcare_{name}", dtype=dtype)
+    graph.nodes.append(gs.Node(op, f"onnxcare_{name}", inputs=inputs, outputs=[output]))
+    return output
+
+
+def _typed(tensor: gs.Variable, default: np.dtype) -> gs.Variable:
+    """Give an input a dtype and no shape, so that any number of rows may be fed."""
+    tensor.dtype = tensor.dtype if tensor.dtype is not None else default
+    tensor.shape = None
+    return tensor
+
+
+def _untyped(tensor: gs.Tensor) -> gs.Tensor:
+    """Take the type off an output: onnxruntime fills it in, and a stale shape cannot contradict it."""
+    if isinstance(tensor, gs.Variable):
+        tensor.shape = None
+        tensor.dtype = None
+    return tensor
+
+
+def _export(graph: gs.Graph) -> onnx.ModelProto:
+    for tensor in graph.tensors().values():
+        # Shapes inferred for the whole graph may name the batch; in a part of it they only mislead.
+        if isinstance(tensor, gs.Variable) and tensor not in graph.inputs:
+            tensor.shape = None
+    graph.cleanup().toposort()
+    return gs.export_onnx(graph, do_type_check=False)

@@ -1,0 +1,263 @@
+"""The one place that makes onnxruntime sessions: devices, batches and memory.
+
+`session.get_providers()` after creation is the only truth about where a model runs: a session asked to run on
+CUDA falls back to the CPU without a word where the driver is missing.
+"""
+
+from __future__ import annotations
+
+import functools
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+
+from onnxcare.errors import DataError, ModelError, UsageError
+
+if TYPE_CHECKING:
+    import onnx
+    import onnxruntime as ort
+
+Device = Literal["cpu", "cuda"]
+Array = np.ndarray
+
+_PROVIDERS: dict[str, list[Any]] = {
+    "cpu": ["CPUExecutionProvider"],
+    # TF32 would round products to 10 bits, and an exhaustive search may pick another kernel on every run.
+    "cuda": [
+        ("CUDAExecutionProvider", {"use_tf32": "0", "cudnn_conv_algo_search": "HEURISTIC"}),
+        "CPUExecutionProvider",
+    ],
+}
+
+# Activations of a batch should stay near the caches; larger batches only add memory traffic.
+_ROWS_PER_RUN = 1024
+
+
+def resolve_device(wanted: str) -> Device:
+    """Return the device that `auto`, `cuda` or `cpu` stands for on this machine.
+
+    Raises:
+        UsageError: CUDA was asked for and onnxruntime cannot run on it.
+    """
+    if wanted == "cpu":
+        return "cpu"
+    if _cuda_works():
+        return "cuda"
+    if wanted == "cuda":
+        raise UsageError(
+            "--device cuda: onnxruntime cannot run on a GPU here (no usable CUDA driver, or the CPU-only "
+            "package is installed); use --device cpu, or install onnxruntime-gpu with CUDA 13 and cuDNN 9"
+        )
+    return "cpu"
+
+
+@functools.cache
+def _cuda_works() -> bool:
+    import onnx.helper
+    import onnxruntime as ort
+
+    if "CUDAExecutionProvider" not in ort.get_available_providers():
+        return False
+    info = onnx.helper.make_tensor_value_info
+    graph = onnx.helper.make_graph(
+        [onnx.helper.make_node("Relu", ["x"], ["y"])],
+        "probe",
+        [info("x", onnx.TensorProto.FLOAT, [1])],
+        [info("y", onnx.TensorProto.FLOAT, [1])],
+    )
+    opset = [onnx.helper.make_opsetid("", 17)]
+    probe = onnx.helper.make_model(graph, ir_version=8, opset_imports=opset)
+    try:
+        session = ort.InferenceSession(
+            probe.SerializeToString(), _options(threads=1, optimise=False), _PROVIDERS["cuda"]
+        )
+    except Exception:  # a broken driver raises whatever it likes; all of it means "no CUDA"
+        return False
+    return "CUDAExecutionProvider" in session.get_providers()
+
+
+def free_memory() -> int:
+    """Return the bytes of memory that can be used without swapping."""
+    import psutil
+
+    return int(psutil.virtual_memory().available)
+
+
+def parse_memory(text: str | None) -> int:
+    """Return a number of bytes for texts such as ``2GiB`` or ``500M``; None means half of the free memory.
+
+    Raises:
+        UsageError: the text is not a size.
+    """
+    if text is None:
+        return free_memory() // 2
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?)(i?B?)\s*", text, flags=re.IGNORECASE)
+    if not match or float(match[1]) == 0:
+        raise UsageError(f"--memory {text}: give a size such as 2GiB or 500M")
+    power = " KMGT".index(match[2].upper() or " ")
+    return int(float(match[1]) * 1024**power)
+
+
+def _options(threads: int | None, optimise: bool) -> ort.SessionOptions:
+    import onnxruntime as ort
+
+    ort.set_default_logger_severity(4)
+    options = ort.SessionOptions()
+    options.log_severity_level = 4
+    options.use_deterministic_compute = True
+    if threads is not None:
+        options.intra_op_num_threads = threads
+    if not optimise:
+        options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+    return options
+
+
+class Session:
+    """A loaded model that runs on one device and takes any number of rows.
+
+    Attributes:
+        inputs: (name, onnxruntime type, shape) of every input that must be fed.
+        outputs: the same for every output.
+    """
+
+    def __init__(
+        self,
+        source: Path | onnx.ModelProto,
+        device: Device = "cpu",
+        *,
+        optimise: bool = True,
+        what: str = "",
+    ) -> None:
+        """Load a file or an in-memory model.
+
+        Args:
+            source: path of an ONNX file (external data is found beside it), or a model held in memory.
+            device: `cpu` or `cuda`; never falls back silently.
+            optimise: False leaves out onnxruntime's graph optimisations; the session opens faster.
+            what: how to call the model in errors, where `source` is not a path.
+
+        Raises:
+            ModelError: onnxruntime cannot load the model, or not on this device.
+        """
+        import onnxruntime as ort
+
+        self.device = device
+        name = str(source) if isinstance(source, Path) else what or "model"
+        content = str(source) if isinstance(source, Path) else source.SerializeToString()
+        try:
+            self._session = ort.InferenceSession(content, _options(None, optimise), _PROVIDERS[device])
+        except Exception as error:  # onnxruntime raises a dozen unrelated types
+            raise ModelError(f"{name}: {_load_failure(str(error))}") from error
+        if device == "cuda" and "CUDAExecutionProvider" not in self._session.get_providers():
+            raise ModelError(f"{name}: onnxruntime fell back to the CPU; use --device cpu")
+        self.name = name
+        self.inputs = [(i.name, i.type, tuple(i.shape)) for i in self._session.get_inputs()]
+        self.outputs = [(o.name, o.type, tuple(o.shape)) for o in self._session.get_outputs()]
+
+    def put(self, array: Array) -> Any:
+        """Place an array on the device once, so that later runs need not copy it (no copy on the CPU)."""
+        import onnxruntime as ort
+
+        if self.device == "cpu":
+            return np.ascontiguousarray(array)
+        return ort.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(array), "cuda", 0)
+
+    def run(self, feeds: Mapping[str, Any], outputs: Sequence[str] | None = None) -> list[Array]:
+        """Run once. Feeds are numpy arrays, or what `put` returned.
+
+        Raises:
+            ModelError: onnxruntime failed while running.
+        """
+        import onnxruntime as ort
+
+        names = list(outputs) if outputs is not None else [name for name, _, _ in self.outputs]
+        try:
+            if self.device == "cpu":
+                return self._session.run(names, dict(feeds))
+            values = {k: v if isinstance(v, ort.OrtValue) else self.put(v) for k, v in feeds.items()}
+            return [v.numpy() for v in self._session.run_with_ort_values(names, values)]
+        except Exception as error:
+            raise ModelError(f"{self.name}: {_run_failure(str(error))}") from error
+
+    def run_rows(
+        self,
+        feeds: Mapping[str, Array],
+        outputs: Sequence[str] | None = None,
+        *,
+        rows_per_run: int = _ROWS_PER_RUN,
+    ) -> list[Array]:
+        """Run over all rows in batches and return the outputs joined along axis 0.
+
+        A model whose batch size is fixed in the file is fed exactly that many rows at a time; the last batch
+        is padded by repeating its last row, and the padding is cut off again.
+        """
+        fixed = {shape[0] for name, _, shape in self.inputs if shape and isinstance(shape[0], int)}
+        if len(fixed) > 1:
+            raise ModelError(f"{self.name}: its inputs have different batch sizes {sorted(fixed)}")
+        step = fixed.pop() if fixed else rows_per_run
+        exact = step if step != rows_per_run or not feeds else None
+        total = len(next(iter(feeds.values())))
+        parts: list[list[Array]] = []
+        for rows in batches(total, step):
+            part = {name: values[rows] for name, values in feeds.items()}
+            short = step - (rows.stop - rows.start)
+            if exact is not None and short:
+                part = {k: np.concatenate([v, np.repeat(v[-1:], short, 0)]) for k, v in part.items()}
+            parts.append([out[: rows.stop - rows.start] for out in self.run(part, outputs)])
+        if not parts:
+            raise DataError(f"{self.name}: no rows to run on")
+        return [np.concatenate(column) for column in zip(*parts, strict=True)]
+
+
+def batches(total: int, step: int) -> Iterator[slice]:
+    """Yield consecutive slices of at most `step` rows that cover `total` rows."""
+    for start in range(0, total, max(1, step)):
+        yield slice(start, min(start + max(1, step), total))
+
+
+@dataclass(frozen=True)
+class Budget:
+    """How much memory the activations of one run may take.
+
+    Attributes:
+        memory: bytes in all.
+        row: bytes that one row (one sample, one candidate) takes while the graph runs.
+    """
+
+    memory: int
+    row: int
+
+    def rows(self) -> int:
+        """Return how many rows may run at once: at least one, and no more than the caches like."""
+        return int(max(1, min(_ROWS_PER_RUN, self.memory // max(1, self.row))))
+
+
+def _load_failure(text: str) -> str:
+    """Say in one line why onnxruntime refused a model."""
+    if match := re.search(r"Unsupported model IR version: (\d+), max supported IR version: (\d+)", text):
+        return (
+            f"IR version {match[1]} is newer than this onnxruntime takes (at most {match[2]}); "
+            "export it again with an older ir_version"
+        )
+    if match := re.search(r"[Oo]pset (\d+) is under development.*?up till v?(\d+)|Current official support", text):
+        return f"its opset is newer than this onnxruntime takes; {_tail(text)}"
+    if match := re.search(r"(?:Fatal error: )?([\w.\-]*):?(\w+)\([-\d]*\) is not a registered function/op", text):
+        domain = f" of domain {match[1]}" if match[1] else ""
+        return f"onnxruntime has no kernel for operator {match[2]}{domain}; such a model cannot be run or repaired"
+    return f"onnxruntime cannot load it: {_tail(text)}"
+
+
+def _run_failure(text: str) -> str:
+    return f"onnxruntime failed: {_tail(text)}"
+
+
+def _tail(text: str) -> str:
+    """Return the message of an onnxruntime error without its prefix of source positions."""
+    line = " ".join(text.split())
+    line = re.sub(r"^\[ONNXRuntimeError\] : \d+ : \w+ : ", "", line)
+    line = re.sub(r"\S*onnxruntime\S*\.(?:cc|h):\d+ \S.*?\) ", "", line)
+    return line if len(line) <= 240 else line[:237] + "..."
