@@ -1,0 +1,1 @@
+"""Locators: which hidden units carry the misbehaviour."""

@@ -1,0 +1,130 @@
+"""Choosing site, ranking and number of units by the measured effect of an intervention.
+
+A high causal effect says that a unit can move the answer, not that it carries the misbehaviour, and a fixed number of
+units at a fixed layer may do nothing at all. So the top k units of every site are set to their mean over clean samples,
+for k = 1, 2, 5, 10 ..., and what that does to bad and to clean samples decides.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from onnxcare.experiment import Activations
+from onnxcare.graph.sites import Site
+from onnxcare.locate.causal import Attribution, Response, average_causal_effects, spread_units
+from onnxcare.properties.base import Property, log_softmax
+from onnxcare.repair.base import Case
+from onnxcare.repair.panel import Outcome, Panel
+
+Array = np.ndarray
+
+_SAMPLES = 128
+_VALUES = 8
+
+
+@dataclass(frozen=True)
+class Selection:
+    """The units of one site that a repair should work on.
+
+    Attributes:
+        site: the site.
+        ranking: the live units that were considered, strongest first.
+        size: how many of them were best to set to their clean mean.
+        outcome: what setting them to their clean mean does on the search part.
+    """
+
+    site: Site
+    ranking: Array
+    size: int
+    outcome: Outcome
+
+    @property
+    def units(self) -> Array:
+        """The chosen units, strongest first."""
+        return self.ranking[: self.size]
+
+    def larger(self) -> list[Array]:
+        """Return the chosen units, and the larger sets that were considered."""
+        return [self.ranking[:size] for size in _sizes(len(self.ranking)) if size >= self.size]
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return it for a report."""
+        return {
+            "site": self.site.tensor,
+            "units": [int(unit) for unit in self.units],
+            "excess": list(self.outcome.excess),
+            "accuracy_drop": self.outcome.accuracy_drop,
+            "recall_drop": self.outcome.recall_drop,
+            "cost": self.outcome.cost,
+        }
+
+
+def attribute_sites(
+    case: Case, sites: Sequence[Site], samples: int = _SAMPLES, values: int = _VALUES
+) -> list[Attribution]:
+    """Return the causal effects at every site, for the property it moves most.
+
+    Args:
+        case: the model and the evidence.
+        sites: where to look.
+        samples: at most so many clean and bad samples of the repair part.
+        values: how many values each unit is forced to.
+    """
+    panel = case.panel("repair", samples)
+    found = []
+    for index, site in enumerate(sites):
+        case.progress(f"causal effects at {site.tensor} ({index + 1} of {len(sites)})")
+        parts = [
+            average_causal_effects(case.experiment, site, panel.clean, evidence.bad, _response(item), values)
+            for item, evidence in zip(case.properties, panel.evidence, strict=True)
+        ]
+        found.append(max(parts, key=lambda part: float(part.scores.max())))
+    return found
+
+
+def _response(item: Property) -> Response:
+    return lambda scores: item.response(np.exp(log_softmax(scores)))
+
+
+def select_units(case: Case, attributions: Sequence[Attribution], most: int | None = None) -> list[Selection]:
+    """Return the best number of top units for every site, the best site first."""
+    panel = case.panel("search")
+    found = []
+    for attribution in attributions:
+        ranking = attribution.ranking()[:most]
+        if not len(ranking):
+            continue
+        case.progress(f"measuring the top units of {attribution.site.tensor}")
+        sizes = _sizes(len(ranking))
+        outcomes = ablate(case, panel, attribution.site, [ranking[:k] for k in sizes])
+        best = min(range(len(sizes)), key=lambda index: outcomes[index].cost)
+        found.append(Selection(attribution.site, ranking, sizes[best], outcomes[best]))
+    return sorted(found, key=lambda selection: selection.outcome.cost)
+
+
+def ablate(case: Case, panel: Panel, site: Site, sets: Sequence[Array]) -> list[Outcome]:
+    """Return what setting each set of units to their mean over clean samples does on a panel."""
+    suffix = case.experiment.suffix(site.tensor, "affine")
+    at = suffix.cache(panel.inputs)
+    means = _unit_means(at.take(panel.clean_rows), site)
+    keep = np.ones((len(sets), site.units), at.base.dtype)
+    for row, units in zip(keep, sets, strict=True):
+        row[units] = 0
+    rank = at.base.ndim - 1
+    scores = suffix.affine(at, spread_units(keep, site, rank), spread_units(means[None], site, rank))
+    return panel.outcomes(scores)
+
+
+def _unit_means(at: Activations, site: Site) -> Array:
+    moved = np.moveaxis(at.base, site.axis, 0).reshape(site.units, -1)
+    return moved.mean(axis=1).astype(at.base.dtype)
+
+
+def _sizes(live: int) -> list[int]:
+    """Return 1, 2, 5, 10, 20, 50 ... and the number of live units itself."""
+    sizes = [base * 10**power for power in range(7) for base in (1, 2, 5)]
+    return [size for size in sizes if size < live] + [live]

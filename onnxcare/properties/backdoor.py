@@ -1,0 +1,205 @@
+"""The backdoor property: a trigger must not lead to the target class.
+
+Attack success rate: share of triggered samples whose true class is not the target and that are answered with it.
+Confusion rate: the same share among clean samples, which no repair has to go below. The excess attack success is
+the rate above the smaller of two confusion rates, the original's and the repaired model's own: the worse counts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from onnxcare.data import Dataset, Inputs, Splits, check_labels, load_dataset, split
+from onnxcare.errors import DataError, SpecError
+from onnxcare.graph.model import Signature
+from onnxcare.properties.base import Array, Evidence, PartName, Property, divergence
+from onnxcare.properties.trigger import Trigger, estimate_triggers, load_trigger
+from onnxcare.spec import BackdoorSpec
+
+Predict = Callable[[Inputs], Array]
+
+# An estimated trigger has to reproduce this share of the attack success of the given samples.
+_REPRODUCED = 0.9
+# With labels in a smooth loss, probabilities of exactly one would be infinitely wrong.
+_TINY = 1e-7
+
+
+class Backdoor(Property):
+    """A hidden trigger leads to a target class."""
+
+    kind = "backdoor"
+
+    def __init__(self, spec: BackdoorSpec, evidence: dict[PartName, Evidence], notes: Sequence[str]) -> None:
+        """Wrap prepared evidence; use `prepare` to make it from files."""
+        self.name = spec.name
+        self.target = spec.target
+        self.max_rate = spec.max_rate
+        self.notes = tuple(notes)
+        self._evidence = evidence
+
+    def evidence(self, part: PartName) -> Evidence:
+        """Return the triggered samples of a part whose true class is not the target."""
+        return self._evidence[part]
+
+    def misbehaves(self, scores: Array) -> Array:
+        """Return which samples are answered with the target."""
+        return scores.argmax(axis=-1) == self.target
+
+    def relevant(self, clean: Dataset) -> Array:
+        """Return the clean samples of other classes: those called target are the confusion rate."""
+        return clean.truth != self.target
+
+    def response(self, probabilities: Array) -> Array:
+        """Return the probability of the target."""
+        return probabilities[..., self.target]
+
+    def loss(self, log_probs: Array, reference: Array | None) -> Array:
+        """Return KL from the original's answer on the twin, or -log(1 - p_target) without twins.
+
+        True labels as goal would push the target class down: its recall pays for it.
+        """
+        if reference is not None:
+            return divergence(reference, log_probs)
+        wrong = np.exp(log_probs[..., self.target])
+        return -np.log(np.maximum(1 - wrong, _TINY)).mean(axis=-1)
+
+
+def prepare(
+    spec: BackdoorSpec,
+    splits: Splits,
+    signatures: Sequence[Signature],
+    classes: int,
+    predict: Predict,
+    labels: str,
+    seed: int,
+) -> Backdoor:
+    """Read the trigger or the triggered samples and lay out the evidence of every part.
+
+    Args:
+        spec: the property as the user wrote it.
+        splits: the clean data.
+        signatures: the model's inputs.
+        classes: number of classes.
+        predict: scores of the original model.
+        labels: key of the labels in data files.
+        seed: fixes how given triggered samples are split.
+
+    Raises:
+        SpecError: the target is not a class.
+        DataError: a file does not fit.
+    """
+    if spec.target >= classes:
+        raise SpecError(
+            f"properties.{spec.name}.target: {spec.target} is not a class; the model has 0 to {classes - 1}"
+        )
+    if len(signatures) != 1:
+        names = ", ".join(signature.name for signature in signatures)
+        raise SpecError(f"properties.{spec.name}: triggers need a model with one input, not {names}")
+    name = signatures[0].name
+    if spec.trigger is not None:
+        trigger = load_trigger(spec.trigger, signatures[0])
+        parts: tuple[PartName, ...] = ("repair", "search", "validation", "holdout")
+        stamped = {part: _stamp(trigger, getattr(splits, part), spec.target, name) for part in parts}
+        _need_samples(spec, stamped, str(spec.trigger))
+        return Backdoor(spec, stamped, ())
+    assert spec.triggered is not None
+    triggered = _load_triggered(spec, spec.triggered, signatures, classes, labels)
+    holdout = None
+    if spec.triggered_holdout is not None:
+        holdout = _load_triggered(spec, spec.triggered_holdout, signatures, classes, labels)
+    return _from_triggered(spec, splits, triggered, holdout, name, predict, seed)
+
+
+def _load_triggered(
+    spec: BackdoorSpec, path: Path, signatures: Sequence[Signature], classes: int, labels: str
+) -> Dataset:
+    """Read triggered samples and leave out those whose true class is the target."""
+    dataset = load_dataset(path, signatures, labels)
+    if dataset.labels is None:
+        return dataset
+    check_labels(dataset, classes, str(path))
+    others = dataset.take(np.flatnonzero(dataset.truth != spec.target))
+    if not len(others):
+        raise DataError(f"{path}: every sample's true class is the target {spec.target}")
+    return others
+
+
+def _from_triggered(
+    spec: BackdoorSpec,
+    splits: Splits,
+    usable: Dataset,
+    holdout: Dataset | None,
+    name: str,
+    predict: Predict,
+    seed: int,
+) -> Backdoor:
+    if holdout is None:
+        if len(usable) < 5:
+            raise DataError(f"{spec.triggered}: {len(usable)} triggered samples; at least 5 are needed")
+        usable, holdout = _split_rows(usable, [0.7, 0.3], seed)
+    notes = []
+    if usable.labels is None:
+        notes.append("Triggered samples have no labels: all are counted as if their true class were another one.")
+    clean = splits.repair
+    observed = float((predict(usable.inputs).argmax(axis=-1) == spec.target).mean())
+    accepted, success = _best_trigger(spec, usable, clean, name, predict)
+    if accepted is not None and success >= _REPRODUCED * observed:
+        notes.append(
+            f"The trigger was estimated from {len(usable)} triggered samples as a {accepted.source} of "
+            f"{int((accepted.mask > 0).sum())} values; stamped on clean samples it reaches {success:.1%} attack "
+            f"success, the given ones {observed:.1%}."
+        )
+    else:
+        accepted = None
+    evidence: dict[PartName, Evidence] = {"holdout": Evidence(holdout, None)}
+    searching: tuple[PartName, ...] = ("repair", "search", "validation")
+    if accepted is not None:
+        for part in searching:
+            evidence[part] = _stamp(accepted, getattr(splits, part), spec.target, name)
+    else:
+        notes.append(
+            "No static trigger explains the triggered samples; the repair rests on their mean shift "
+            "alone, so confidence is low."
+        )
+        for part, rows in zip(searching, _split_rows(usable, [0.5, 0.2, 0.3], seed), strict=True):
+            evidence[part] = Evidence(rows, None)
+    _need_samples(spec, evidence, str(spec.triggered))
+    return Backdoor(spec, evidence, notes)
+
+
+def _best_trigger(
+    spec: BackdoorSpec, triggered: Dataset, clean: Dataset, name: str, predict: Predict
+) -> tuple[Trigger | None, float]:
+    """Return the estimated trigger of highest attack success on clean samples, and that success."""
+    best, highest = None, 0.0
+    for trigger in estimate_triggers(triggered, clean, name):
+        stamped = _stamp(trigger, clean, spec.target, name)
+        if not len(stamped.bad):
+            continue
+        success = float((predict(stamped.bad.inputs).argmax(axis=-1) == spec.target).mean())
+        if success > highest:
+            best, highest = trigger, success
+    return best, highest
+
+
+def _split_rows(dataset: Dataset, shares: list[float], seed: int) -> list[Dataset]:
+    """Split without regard to classes: there may be only a few samples of each."""
+    parts = split(Dataset({"row": np.arange(len(dataset))}, None), shares, seed)
+    return [dataset.take(part.inputs["row"]) for part in parts]
+
+
+def _stamp(trigger: Trigger, clean: Dataset, target: int, name: str) -> Evidence:
+    twins = clean.take(np.flatnonzero(clean.truth != target))
+    stamped = Dataset({name: trigger.stamp(twins.inputs[name])}, twins.labels)
+    return Evidence(stamped, twins)
+
+
+def _need_samples(spec: BackdoorSpec, evidence: dict[PartName, Evidence], source: str) -> None:
+    for part, found in evidence.items():
+        if not len(found.bad):
+            raise DataError(
+                f"{source}: no samples of other classes than {spec.target} are left for {part}; give more data"
+            )

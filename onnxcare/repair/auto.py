@@ -1,0 +1,191 @@
+"""`--method auto`: closed-form repair directions of one layer, and CMA-ES in their span.
+
+1. Scan: twin regression with one moderate setting at every layer, on a few samples; layers are ranked by the cost
+   of the repaired model on samples the regression did not see.
+2. Refine: the best layers again on all repair samples, over settings alpha x rho x rank.
+3. Search: CMA-ES over the coefficients of the best layer's directions, from the closed-form point and from zero, on
+   the search part, where the directions were not fitted.
+4. Choose: everything that was found competes on the validation part; no change at all competes too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import product
+
+import numpy as np
+
+from onnxcare.errors import ModelError
+from onnxcare.experiment import Activations, Suffix
+from onnxcare.graph.layers import Layer
+from onnxcare.repair import closed_form, cmaes
+from onnxcare.repair.base import Candidate, Case, Repair
+from onnxcare.repair.panel import Outcome, Panel
+from onnxcare.runtime import batches
+
+Array = np.ndarray
+
+_SCAN_SAMPLES = 150
+_REFINED_LAYERS = 2
+_ALPHAS = (1.0, 10.0)
+_RHOS = (1e-3, 1e-2, 1e-1)
+_RANKS = (1, 2, 4, None)
+_SEARCH_RANK = 4
+# Directions are kept as the activations they add; at most so many bytes of them at a time.
+_DIRECTION_BYTES = 256 << 20
+
+
+@dataclass(frozen=True)
+class _Found:
+    layer: Layer
+    change: Array
+    candidate: Candidate
+
+
+class _Bench:
+    """One layer's suffix with the activations of the panels cached."""
+
+    def __init__(self, case: Case, layer: Layer) -> None:
+        self._case = case
+        self._suffix: Suffix = case.experiment.suffix(layer.output, "span")
+        self._cached: dict[int, tuple[Panel, Activations]] = {}
+        self.layer = layer
+
+    def _at(self, panel: Panel) -> Activations:
+        if id(panel) not in self._cached:
+            self._cached[id(panel)] = panel, self._suffix.cache(panel.inputs)
+        return self._cached[id(panel)][1]
+
+    def directions(self, panel: Panel, changes: Sequence[Array]) -> Array:
+        """Return what each change adds to the layer's output on the panel, [K, rows, ...]."""
+        at = self._at(panel)
+        return closed_form.effects(self._case.experiment, self.layer, panel.inputs, changes, at)
+
+    def scores(self, panel: Panel, coefficients: Array, directions: Array) -> Array:
+        """Return the scores of a family of combinations of the directions."""
+        return self._suffix.span(self._at(panel), coefficients, directions)
+
+    def outcomes(self, panel: Panel, changes: Sequence[Array]) -> list[Outcome]:
+        """Return what each change of the layer does on a panel."""
+        together = max(1, _DIRECTION_BYTES // max(1, self._at(panel).base.nbytes))
+        found = []
+        for part in batches(len(changes), together):
+            directions = self.directions(panel, changes[part])
+            for index in range(len(directions)):
+                scores = self.scores(panel, np.ones((1, 1)), directions[index : index + 1])
+                found += panel.outcomes(scores)
+        return found
+
+
+def repair(case: Case) -> Repair:
+    """Find the best change of one layer, see the module's docstring.
+
+    Raises:
+        ModelError: the model has no layer whose weights can be rewritten.
+    """
+    layers = [layer for layer in case.experiment.layers if layer.refusal is None]
+    if not layers:
+        reasons = [f"{layer.name}: {layer.refusal}" for layer in case.experiment.layers]
+        why = "; ".join(reasons[:3]) or "it has no Gemm, MatMul or Conv with constant weights"
+        raise ModelError(f"{case.experiment.model.path}: no layer can be repaired: {why}")
+    scan = _scan(case, layers)
+    found: list[_Found] = []
+    for index, (layer, _) in enumerate(scan[:_REFINED_LAYERS]):
+        case.progress(f"refining {layer.name} ({index + 1} of {min(len(scan), _REFINED_LAYERS)})")
+        found += _refine(case, layer)
+    best = min(found, key=lambda item: item.candidate.outcome.cost)
+    case.progress(f"searching the directions of {best.layer.name} with CMA-ES")
+    searched, evaluations = _search(case, best, [f for f in found if f.layer is best.layer])
+    found += searched
+    unchanged = Candidate("no change", case.before)
+    best = min(found, key=lambda item: item.candidate.outcome.cost)
+    candidates = [unchanged, *(item.candidate for item in found)]
+    details = {
+        "scan": [{"layer": layer.name, "cost": outcome.cost} for layer, outcome in scan],
+        "layer": best.layer.name,
+        "cmaes_evaluations": evaluations,
+    }
+    if unchanged.outcome.cost <= best.candidate.outcome.cost:
+        return Repair("auto", {}, unchanged, candidates, details)
+    known = [p for p in (best.layer.weight, best.layer.bias) if p is not None]
+    new = best.layer.add(best.change, {p.name: case.read(p) for p in known})
+    details["rank"] = int(np.linalg.matrix_rank(best.change).max())
+    return Repair("auto", {p: new[p.name] for p in known}, best.candidate, candidates, details)
+
+
+def _scan(case: Case, layers: list[Layer]) -> list[tuple[Layer, Outcome]]:
+    """Rank the layers by what a regression on a few samples does to unseen ones."""
+    fit, unseen = case.panel("repair", _SCAN_SAMPLES), case.panel("search", _SCAN_SAMPLES)
+    ranked = []
+    for index, layer in enumerate(layers):
+        case.progress(f"scanning layer {layer.name} ({index + 1} of {len(layers)})")
+        try:
+            regression = closed_form.accumulate(case.experiment, layer, fit.clean, fit)
+            changes = regression.solve(alpha=1.0, rho=1e-2, ranks=[None])
+            outcome = _Bench(case, layer).outcomes(unseen, changes)[0]
+        except (ModelError, np.linalg.LinAlgError):
+            continue  # a layer that cannot be cut or solved is no candidate; another one may be
+        ranked.append((layer, outcome))
+    if not ranked:
+        raise ModelError(f"{case.experiment.model.path}: no layer could be cut open for a repair")
+    return sorted(ranked, key=lambda item: item[1].cost)
+
+
+def _refine(case: Case, layer: Layer) -> list[_Found]:
+    """Solve every setting on all repair samples and measure each on the validation part."""
+    regression = closed_form.accumulate(case.experiment, layer, case.splits.repair, case.panel("repair"))
+    labels, changes = [], []
+    for alpha, rho in product(_ALPHAS, _RHOS):
+        changes += regression.solve(alpha, rho, _RANKS)
+        labels += [f"alpha {alpha:g}, rho {rho:g}, rank {rank or 'full'}" for rank in _RANKS]
+    outcomes = _Bench(case, layer).outcomes(case.panel("validation"), changes)
+    return [
+        _Found(layer, change, Candidate(f"{layer.name}: {label}", outcome))
+        for label, change, outcome in zip(labels, changes, outcomes, strict=True)
+    ]
+
+
+def _search(case: Case, best: _Found, of_layer: list[_Found]) -> tuple[list[_Found], int]:
+    """Search the span of the layer's directions from the closed-form point and from zero."""
+    basis = _basis(best.change, [item.change for item in of_layer])
+    bench, panel = _Bench(case, best.layer), case.panel("search")
+    directions = bench.directions(panel, basis)
+
+    def costs(coefficients: Array) -> Array:
+        return panel.costs(bench.scores(panel, coefficients, directions))
+
+    closed = np.zeros(len(basis))
+    closed[: min(len(basis), _SEARCH_RANK + 1)] = 1.0
+    runs = {
+        "closed form": cmaes.minimise(costs, closed, sigma=0.2, seed=case.seed),
+        "zero": cmaes.minimise(costs, np.zeros(len(basis)), sigma=0.5, seed=case.seed + 1),
+    }
+    found = []
+    for start, run in runs.items():
+        change = sum(c * b for c, b in zip(run.best, basis, strict=True))
+        outcome = bench.outcomes(case.panel("validation"), [change])[0]
+        label = f"{best.layer.name}: CMA-ES over {len(basis)} directions from {start}"
+        found.append(_Found(best.layer, change, Candidate(label, outcome)))
+    return found, sum(run.evaluations for run in runs.values())
+
+
+def _basis(best: Array, others: list[Array]) -> list[Array]:
+    """Return directions: the best change split by singular vectors, and the other changes' rests.
+
+    The first few add up to the best change; the further ones let the search move towards other settings.
+    """
+    u, s, vt = np.linalg.svd(best, full_matrices=False)
+    rank = min(_SEARCH_RANK, s.shape[-1])
+    parts = [u[:, :, r : r + 1] * s[:, None, r : r + 1] @ vt[:, r : r + 1, :] for r in range(rank)]
+    rest = best - sum(parts)
+    scale = np.linalg.norm(best)
+    if np.linalg.norm(rest) > 1e-6 * scale:
+        parts.append(rest)
+    largest = max(others, key=lambda change: float(np.linalg.norm(change)))
+    smallest = min(others, key=lambda change: float(np.linalg.norm(change)))
+    for other in (largest, smallest):
+        apart = other - best
+        if np.linalg.norm(apart) > 1e-3 * scale:
+            parts.append(apart)
+    return parts

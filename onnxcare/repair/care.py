@@ -1,0 +1,150 @@
+"""`--method care`: one multiplier per guilty unit, found by CMA-ES (CARE, ICSE 2022).
+
+As published, the guilty units of a layer are those of highest average causal effect, their activations are multiplied
+by r, and r is searched. Three things are done differently, because they were measured to decide the outcome: site
+and number of units are chosen by the effect of an actual intervention, not fixed; the objective is smooth and has
+a price for every class's recall; and CMA-ES takes the place of particle swarms. Multipliers, often negative, are folded
+into the outgoing weights, which is exact for any factor.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from onnxcare.data import Inputs
+from onnxcare.errors import ModelError
+from onnxcare.experiment import Activations, Experiment
+from onnxcare.graph.parameters import Parameter
+from onnxcare.graph.sites import Site
+from onnxcare.locate.causal import spread_units
+from onnxcare.locate.select import attribute_sites, select_units
+from onnxcare.repair import cmaes
+from onnxcare.repair.base import Candidate, Case, Repair
+from onnxcare.repair.panel import Panel
+
+Array = np.ndarray
+
+_BOX = (-10.0, 10.0)
+_MOST_UNITS = 100
+_GENERATIONS, _PATIENCE = 400, 30
+# A second site is searched only if ablating its units cost at most so many times what it cost at the best site.
+_COMPARABLE = 1.5
+
+
+@dataclass(frozen=True)
+class _Found:
+    site: Site
+    factors: Array
+    candidate: Candidate
+
+
+def repair(case: Case) -> Repair:
+    """Search multipliers for the guilty units.
+
+    Raises:
+        ModelError: no site's multipliers can be folded into weights.
+    """
+    sites = [site for site in case.experiment.sites if site.refusal is None]
+    if not sites:
+        reasons = [site.refusal for site in case.experiment.sites if site.refusal]
+        why = "; ".join(reasons[:3]) or "it has no hidden layer in front of a Gemm, MatMul or Conv"
+        raise ModelError(f"{case.experiment.model.path}: no multiplier can be folded into weights: {why}")
+    attributions = attribute_sites(case, sites)
+    selections = select_units(case, attributions, most=_MOST_UNITS)
+    found, evaluations = [], 0
+    limit = _COMPARABLE * selections[0].outcome.cost
+    for selection in [item for item in selections if item.outcome.cost <= limit][:2]:
+        # Ablation finds the units that matter; multipliers may need further ones to make up for their loss.
+        for units in selection.larger():
+            case.progress(f"searching {len(units)} multipliers at {selection.site.tensor}")
+            item, count = _search(case, selection.site, units)
+            found.append(item)
+            evaluations += count
+    unchanged = Candidate("no change", case.before)
+    best = min(found, key=lambda item: item.candidate.outcome.cost)
+    candidates = [unchanged, *(item.candidate for item in found)]
+    details = {
+        "selections": [selection.as_dict() for selection in selections],
+        "site": best.site.tensor,
+        "cmaes_evaluations": evaluations,
+    }
+    if unchanged.outcome.cost <= best.candidate.outcome.cost:
+        return Repair("care", {}, unchanged, candidates, details)
+    values = fold(case, best.site, best.factors)
+    details["multipliers"] = {int(unit): float(best.factors[unit]) for unit in np.flatnonzero(best.factors != 1)}
+    return Repair("care", values, best.candidate, candidates, details)
+
+
+def _search(case: Case, site: Site, units: Array) -> tuple[_Found, int]:
+    suffix = case.experiment.suffix(site.tensor, "affine")
+
+    def scores(panel: Panel, at: Activations, factors: Array) -> Array:
+        keep = np.ones((len(factors), site.units), at.base.dtype)
+        keep[:, units] = factors
+        zero = np.zeros((1, site.units), at.base.dtype)
+        rank = at.base.ndim - 1
+        return suffix.affine(at, spread_units(keep, site, rank), spread_units(zero, site, rank))
+
+    panel = case.panel("repair")
+    at = suffix.cache(panel.inputs)
+
+    def costs(factors: Array) -> Array:
+        return panel.costs(scores(panel, at, factors))
+
+    starts = (np.ones(len(units)), np.zeros(len(units)))
+    runs = [
+        cmaes.minimise(
+            costs,
+            start,
+            sigma=0.5,
+            seed=case.seed + index,
+            bounds=_BOX,
+            generations=_GENERATIONS,
+            patience=_PATIENCE,
+        )
+        for index, start in enumerate(starts)
+    ]
+    best = cmaes.best_of(runs)
+    validation = case.panel("validation")
+    outcome = validation.outcomes(scores(validation, suffix.cache(validation.inputs), best.best[None]))[0]
+    factors = np.ones(site.units)
+    factors[units] = best.best
+    label = f"{site.tensor}: {len(units)} multipliers"
+    return _Found(site, factors, Candidate(label, outcome)), sum(run.evaluations for run in runs)
+
+
+def fold(case: Case, site: Site, factors: Array) -> dict[Parameter, Array]:
+    """Return the readers' weights with one factor per unit of the site folded in.
+
+    Raises:
+        ModelError: a step between site and reader mixes units.
+    """
+    changed = {}
+    for layer in site.readers:
+        units = _units_read(case.experiment, site, layer.input, case.panel("search").inputs)
+        if layer.convolution:
+            channels = units.reshape(units.shape[0], -1)
+            if (channels != channels[:, :1]).any():
+                raise ModelError(f"layer {layer.name}: its input channels mix units of {site.tensor!r}")
+            units = channels[:, 0]
+        weight = case.read(layer.weight)
+        changed[layer.weight] = layer.scale_inputs(factors[units.reshape(-1)], weight)
+    return changed
+
+
+def _units_read(experiment: Experiment, site: Site, tensor: str, inputs: Inputs) -> Array:
+    """Return which unit of the site each position of a reader's input belongs to, without the batch axis.
+
+    The steps in between only move values, so sending unit numbers through them shows where each one goes.
+    """
+    one = {name: values[:1] for name, values in inputs.items()}
+    shape = experiment.tensors([site.tensor], one)[0].shape
+    axis = site.axis % len(shape)
+    numbers = np.arange(site.units, dtype=np.float32)
+    numbers = numbers.reshape([-1 if i == axis else 1 for i in range(len(shape))])
+    sent = np.broadcast_to(numbers, shape)
+    if tensor == site.tensor:
+        return sent[0].astype(int)
+    return np.rint(experiment.between(site.tensor, tensor, sent)[0]).astype(int)

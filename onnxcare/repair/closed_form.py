@@ -1,0 +1,156 @@
+"""Twin regression: an interchange intervention turned into a closed-form change of one layer's weights.
+
+Setting one layer's output on triggered samples to its output on their clean twins restores the answer at the
+layers that carry the misbehaviour. With A_c, A_t the layer's inputs on clean and triggered samples (rows
+of its matrix product, a column of ones for the bias) and T = output(twin) - output(triggered), the change
+
+    D = argmin  alpha * E|A_c D|^2 + E|A_t D - T|^2 + rho * tr(G_c) / d * |D|^2
+      = (alpha * G_c + G_t + rho * tr(G_c) / d * I)^-1 R           G = E[A' A],  R = E[A_t' T]
+
+makes the layer do it by itself and moves it least on clean samples. Expectations are over samples, with sums over the
+positions of a convolution. The best change of rank r is D V V' with V the top r eigenvectors of D' H D, H the matrix
+that is inverted above. Where the layer's only consumer adds it to a skip connection, T is taken behind the addition, so
+that the layer also cancels what arrives over the skip. Kin to causal tracing and rank-one editing (Meng et al.,
+ROME, NeurIPS 2022).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import scipy.linalg
+
+from onnxcare.data import Dataset, Inputs
+from onnxcare.experiment import Activations, Experiment
+from onnxcare.graph.layers import Layer
+from onnxcare.repair.panel import Panel
+from onnxcare.runtime import batches
+
+Array = np.ndarray
+
+# Rows of a matrix product are made in pieces of about this many bytes.
+_PIECE = 64 << 20
+
+
+@dataclass(frozen=True)
+class Regression:
+    """The sums that every setting's solution follows from; matrices are [groups, d, d] or [groups, d, o]."""
+
+    clean: Array
+    bad: Array
+    right: Array
+
+    def solve(self, alpha: float, rho: float, ranks: Sequence[int | None]) -> list[Array]:
+        """Return the change D of the layer's matrix for each rank, [groups, d, o], float64.
+
+        Args:
+            alpha: weight of staying put on clean samples.
+            rho: ridge, relative to the mean squared clean input.
+            ranks: largest rank of each change; None for no limit.
+        """
+        d = self.clean.shape[-1]
+        per_group = []
+        for clean, bad, right in zip(self.clean, self.bad, self.right, strict=True):
+            system = alpha * clean + bad
+            # A unit that is dead on all samples leaves a zero row; the floor keeps the system solvable.
+            system[np.diag_indices(d)] += max(rho * np.trace(clean) / d, 1e-12)
+            full = scipy.linalg.solve(system, right, assume_a="pos")
+            # H D = R, so D' H D = D' R: the ranking of directions needs no further product with H.
+            _, vectors = np.linalg.eigh((full.T @ right + right.T @ full) / 2)
+            per_group.append([full if r is None else _project(full, vectors[:, -r:]) for r in ranks])
+        return [np.stack(changes) for changes in zip(*per_group, strict=True)]
+
+
+def _project(change: Array, top: Array) -> Array:
+    return change @ top @ top.T
+
+
+def accumulate(experiment: Experiment, layer: Layer, clean: Dataset, panel: Panel) -> Regression:
+    """Run the layer's inputs and targets through the sums, piece by piece.
+
+    Args:
+        experiment: the model.
+        layer: the layer to change.
+        clean: clean samples.
+        panel: gives the bad samples of every property, and their twins.
+    """
+    clean_sum = right_sum = bad_sum = None
+    for x in _input_pieces(experiment, layer, clean.inputs):
+        clean_sum = _plus(clean_sum, _gram(layer.rows(x)))
+    assert clean_sum is not None
+    clean_sum /= len(clean)
+    for found in panel.evidence:
+        target = _target(experiment, layer, found.bad, found.twins, clean)
+        start = 0
+        for x in _input_pieces(experiment, layer, found.bad.inputs):
+            rows = layer.rows(x)
+            wanted = layer.output_rows(target[start : start + len(x)])
+            start += len(x)
+            bad_sum = _plus(bad_sum, _gram(rows) / len(found.bad))
+            right_sum = _plus(right_sum, _flat(rows).transpose(0, 2, 1) @ _flat(wanted) / len(found.bad))
+    assert bad_sum is not None and right_sum is not None
+    return Regression(clean_sum, bad_sum, right_sum)
+
+
+def effects(experiment: Experiment, layer: Layer, inputs: Inputs, changes: Sequence[Array], at: Activations) -> Array:
+    """Return what each change of the weights adds to the layer's output, [K, samples, ...]."""
+    found = np.empty((len(changes), *at.base.shape), at.base.dtype)
+    start = 0
+    for x in _input_pieces(experiment, layer, inputs):
+        here = slice(start, start + len(x))
+        start += len(x)
+        rows = layer.rows(x)
+        for index, change in enumerate(changes):
+            added = layer.product(rows, change.astype(x.dtype))
+            found[index, here] = layer.from_rows(added, at.base[here].shape)
+    return found
+
+
+def _target(experiment: Experiment, layer: Layer, bad: Dataset, twins: Dataset | None, clean: Dataset) -> Array:
+    """Return T: what is to be added to the layer's output on every bad sample.
+
+    Without twins, the shift between the mean bad and the mean clean output (of the same class, where labels
+    are known) stands in for it.
+    """
+    tensor = experiment.sum_behind(layer) or layer.output
+    is_now = experiment.tensors([tensor], bad.inputs)[0]
+    if twins is not None:
+        return experiment.tensors([tensor], twins.inputs)[0] - is_now
+    ought = experiment.tensors([tensor], clean.inputs)[0]
+    if bad.labels is None or clean.labels is None:
+        return np.broadcast_to(ought.mean(axis=0) - is_now.mean(axis=0), is_now.shape)
+    target = np.empty_like(is_now)
+    overall = ought.mean(axis=0)
+    for label in np.unique(bad.labels):
+        mine = bad.labels == label
+        same = clean.labels == label
+        goal = ought[same].mean(axis=0) if same.any() else overall
+        target[mine] = goal - is_now[mine].mean(axis=0)
+    return target
+
+
+def _input_pieces(experiment: Experiment, layer: Layer, inputs: Inputs) -> Iterator[Array]:
+    """Yield the layer's input in pieces whose rows stay within bounds."""
+    total = len(next(iter(inputs.values())))
+    one = {name: values[:1] for name, values in inputs.items()}
+    per_sample = layer.rows(experiment.tensors([layer.input], one)[0]).nbytes
+    step = max(1, _PIECE // max(1, per_sample))
+    everything = experiment.tensors([layer.input], inputs)[0]
+    for rows in batches(total, step):
+        yield everything[rows]
+
+
+def _flat(rows: Array) -> Array:
+    """Join samples and positions: [groups, samples, positions, d] -> [groups, rows, d], float64."""
+    return rows.reshape(rows.shape[0], -1, rows.shape[-1]).astype(np.float64)
+
+
+def _gram(rows: Array) -> Array:
+    flat = _flat(rows)
+    return flat.transpose(0, 2, 1) @ flat
+
+
+def _plus(total: Array | None, part: Array) -> Array:
+    return part if total is None else total + part
