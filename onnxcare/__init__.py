@@ -1,0 +1,28 @@
+"""onnxcare finds the hidden units that make an ONNX model misbehave, and rewrites only the weights that carry it.
+
+    >>> import onnxcare
+    >>> result = onnxcare.fix("model.onnx", "care.yaml", "repaired.onnx")
+    >>> result.status
+    'repaired'
+
+The functions are imported on first use, so that importing the package, and `onnxcare --help`, stay fast.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from onnxcare._version import __version__
+
+if TYPE_CHECKING:
+    from onnxcare.api import fix, inspect, load, locate
+
+__all__ = ["__version__", "fix", "inspect", "load", "locate"]
+
+
+def __getattr__(name: str) -> Any:
+    """Import the public functions when they are asked for."""
+    if name in __all__:
+        return getattr(import_module("onnxcare.api"), name)
+    raise AttributeError(f"module 'onnxcare' has no attribute {name!r}")

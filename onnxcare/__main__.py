@@ -1,0 +1,5 @@
+"""`python -m onnxcare`."""
+
+from onnxcare.cli import main
+
+main()

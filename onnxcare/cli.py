@@ -1,0 +1,276 @@
+"""The command line: parse, call the API, print, exit. Results go to standard output, everything else to standard error.
+
+Exit codes: 0 repaired or passed, 1 not repaired or a property fails, 2 wrong usage or spec, 3 model or data that cannot
+be used, 4 internal error, 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from onnxcare._version import __version__
+from onnxcare.errors import OnnxcareError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+# Kept here so that --help needs no heavy import; a test compares it with the registry.
+METHODS = ("auto", "care")
+
+_model = click.argument("model", type=click.Path(path_type=Path))
+_spec = click.option(
+    "--spec", required=True, type=click.Path(path_type=Path), help="What must not happen: a care.yaml."
+)
+_seed = click.option("--seed", type=click.IntRange(min=1), help="Takes the place of the spec's seed.")
+_device = click.option(
+    "--device",
+    type=click.Choice(["auto", "cuda", "cpu"]),
+    default="auto",
+    show_default=True,
+    help="Where to run; auto takes CUDA where it works.",
+)
+_memory = click.option(
+    "--memory", metavar="SIZE", help="Bound on activations, such as 2GiB [default: half of the free memory]."
+)
+
+
+class _Commands(click.Group):
+    """Explains errors in one line and gives each kind its exit code."""
+
+    def main(self, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return super().main(*args, **{**kwargs, "standalone_mode": False})
+        except click.exceptions.Exit as done:
+            sys.exit(done.exit_code)
+        except click.ClickException as error:
+            error.show()
+            sys.exit(error.exit_code)
+        except OnnxcareError as error:
+            _complain(str(error), error)
+            sys.exit(error.exit_code)
+        except (KeyboardInterrupt, click.Abort):
+            _complain("interrupted; nothing was written")
+            sys.exit(130)
+        except BrokenPipeError:
+            # The reader of our output went away; a second complaint at shutdown would only add noise.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            sys.exit(1)
+        except Exception as error:
+            _complain(
+                f"internal error: {type(error).__name__}: {error}; please report it "
+                "(ONNXCARE_TRACEBACK=1 shows where it happened)",
+                error,
+            )
+            sys.exit(4)
+
+
+def _complain(text: str, error: BaseException | None = None) -> None:
+    if error is not None and os.environ.get("ONNXCARE_TRACEBACK"):
+        import traceback
+
+        traceback.print_exception(error)
+    click.echo(f"onnxcare: {text}", err=True)
+
+
+@click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="onnxcare")
+def main() -> None:
+    """Repair neural networks stored as ONNX files.
+
+    onnxcare finds the hidden units that make a model misbehave, rewrites only the weights that carry it, and proves
+    on held-out data that the misbehaviour is gone and nothing else broke.
+    """
+
+
+@main.command()
+@_model
+@_spec
+@click.option("-o", "--output", type=click.Path(path_type=Path), help="Where the repaired model goes.")
+@click.option("--in-place", is_flag=True, help="Write over MODEL.")
+@click.option(
+    "--method",
+    type=click.Choice(METHODS),
+    default="auto",
+    show_default=True,
+    help="auto: closed-form directions and CMA-ES; care: multipliers, as published.",
+)
+@click.option("--best-effort", is_flag=True, help="Write the model even if the verdict is not good.")
+@click.option("--json", "report", metavar="REPORT", help="Also write the whole result as JSON; - for standard output.")
+@_seed
+@_device
+@_memory
+@click.pass_context
+def fix(
+    context: click.Context,
+    model: Path,
+    spec: Path,
+    output: Path | None,
+    in_place: bool,
+    method: str,
+    best_effort: bool,
+    report: str | None,
+    seed: int | None,
+    device: str,
+    memory: str | None,
+) -> None:
+    """Repair MODEL and write it to OUTPUT if the judge is satisfied."""
+    if (output is None) == (not in_place):
+        raise click.UsageError("give either -o OUTPUT or --in-place")
+    from onnxcare.errors import UsageError
+
+    if report not in (None, "-") and not Path(report).parent.is_dir():
+        raise UsageError(f"--json {report}: the folder {Path(report).parent} does not exist")
+    from onnxcare import api
+    from onnxcare.graph.patch import write_atomically
+    from onnxcare.report import json, text
+
+    _announce(device)
+    with _progress() as progress:
+        result = api.fix(
+            model,
+            spec,
+            output if output is not None else model,
+            method=method,
+            seed=seed,
+            device=device,
+            memory=memory,
+            in_place=in_place,
+            best_effort=best_effort,
+            progress=progress,
+        )
+    if report == "-":
+        click.echo(json.render(result), nl=False)
+    else:
+        text.show_fix(result, _console())
+        if report is not None:
+            write_atomically(Path(report), json.render(result))
+    context.exit(result.exit_code)
+
+
+@main.command()
+@_model
+@_spec
+@click.option("--samples", type=click.IntRange(min=1), default=128, show_default=True, help="Samples per effect.")
+@click.option("--values", type=click.IntRange(min=2), default=8, show_default=True, help="Values per unit.")
+@click.option("--json", "as_json", is_flag=True, help="Print the whole result as JSON.")
+@_seed
+@_device
+@_memory
+def locate(
+    model: Path,
+    spec: Path,
+    samples: int,
+    values: int,
+    as_json: bool,
+    seed: int | None,
+    device: str,
+    memory: str | None,
+) -> None:
+    """Rank the hidden units of MODEL by their causal effect on the misbehaviour."""
+    from onnxcare import api
+    from onnxcare.report import json, text
+
+    _announce(device)
+    with _progress() as progress:
+        result = api.locate(
+            model,
+            spec,
+            seed=seed,
+            device=device,
+            memory=memory,
+            samples=samples,
+            values=values,
+            progress=progress,
+        )
+    if as_json:
+        click.echo(json.render(result), nl=False)
+    else:
+        text.show_location(result, _console())
+
+
+@main.command()
+@_model
+@click.option("--json", "as_json", is_flag=True, help="Print the whole result as JSON.")
+def inspect(model: Path, as_json: bool) -> None:
+    """Show what MODEL consists of, what can be repaired and what not, and why."""
+    from onnxcare import api
+    from onnxcare.report import json, text
+
+    result = api.inspect(model)
+    if as_json:
+        click.echo(json.render(result), nl=False)
+    else:
+        text.show_inspection(result, _console())
+
+
+@main.command()
+@click.option(
+    "-o",
+    "--output",
+    type=click.Path(path_type=Path),
+    help="Where the repaired model goes [default: a new folder].",
+)
+@_device
+@click.pass_context
+def demo(context: click.Context, output: Path | None, device: str) -> None:
+    """Take a backdoor out of the sample model that ships with onnxcare."""
+    from onnxcare.demo import sample
+
+    folder = sample()
+    target = output or Path(tempfile.mkdtemp(prefix="onnxcare-demo-")) / "repaired.onnx"
+    command = f"onnxcare fix {folder / 'model.onnx'} --spec {folder / 'care.yaml'} -o {target}"
+    click.echo(f"$ {command}", err=True)
+    context.invoke(
+        fix,
+        model=folder / "model.onnx",
+        spec=folder / "care.yaml",
+        output=target,
+        in_place=False,
+        method="auto",
+        best_effort=False,
+        report=None,
+        seed=None,
+        device=device,
+        memory=None,
+    )
+
+
+def _announce(device: str) -> None:
+    """Say in one line what `auto` took."""
+    if device != "auto":
+        return
+    from onnxcare.runtime import resolve_device
+
+    why = "onnxruntime can use a GPU" if resolve_device(device) == "cuda" else "no GPU that onnxruntime can use"
+    click.echo(f"onnxcare: device {resolve_device(device)} ({why})", err=True)
+
+
+def _console() -> Console:
+    from rich.console import Console
+
+    # Tables in a log or a pipe should not be folded at 80 columns.
+    return Console(width=None if sys.stdout.isatty() else 120, highlight=False)
+
+
+@contextlib.contextmanager
+def _progress() -> Iterator[Callable[[str], None]]:
+    """Show what is being done while standard error is a terminal; nothing otherwise."""
+    if not sys.stderr.isatty():
+        yield lambda text: None
+        return
+    from rich.console import Console
+
+    with Console(stderr=True).status("starting") as status:
+        yield lambda text: status.update(text.replace("[", r"\["))
+
+
+if __name__ == "__main__":
+    main()

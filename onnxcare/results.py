@@ -1,0 +1,116 @@
+"""The result objects of locate and fix: every report is rendered from them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from onnxcare.graph.patch import TensorChange
+from onnxcare.judge import Verdict
+from onnxcare.repair.base import Candidate
+
+Status = Literal["repaired", "not repaired", "nothing to repair"]
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a run was made with.
+
+    Attributes:
+        version: version of onnxcare.
+        model: path of the model.
+        sha256: fingerprint of the model.
+        device: where it ran.
+        seed: what fixed every random choice.
+        samples: number of clean samples in every part of the data.
+        notes: what the user should know about data and evidence.
+    """
+
+    version: str
+    model: str
+    sha256: str
+    device: str
+    seed: int
+    samples: Mapping[str, int]
+    notes: Sequence[str]
+
+
+@dataclass(frozen=True)
+class UnitScore:
+    """The causal effect of one unit."""
+
+    site: str
+    unit: int
+    score: float
+
+
+@dataclass(frozen=True)
+class SiteScore:
+    """A site's place in the ranking: by the measured effect of setting its top units to their clean mean.
+
+    Attributes:
+        site: the tensor.
+        units: how many it has.
+        dead: how many of them are constant over all samples.
+        chosen: the best set of top units.
+        excess: what is left of each property's rate, above the baseline, with those units set.
+        accuracy_drop: what that costs in accuracy.
+        recall_drop: what that costs the worst class in recall.
+        cost: the number by which sites are ranked.
+    """
+
+    site: str
+    units: int
+    dead: int
+    chosen: Sequence[int]
+    excess: Sequence[float]
+    accuracy_drop: float
+    recall_drop: float
+    cost: float
+
+
+@dataclass(frozen=True)
+class Location:
+    """Result of `locate`: every live unit, strongest first, and every site, most promising first."""
+
+    run: Run
+    method: str
+    units: Sequence[UnitScore]
+    sites: Sequence[SiteScore]
+
+
+@dataclass(frozen=True)
+class Fix:
+    """Result of `fix`.
+
+    Attributes:
+        run: what it was made with.
+        status: how it ended.
+        method: the method used.
+        output: the file that was written, or None.
+        output_sha256: its fingerprint.
+        verdict: the judge's finding; for `nothing to repair`, the original against itself.
+        patch: what the repair changes, tensor by tensor.
+        chosen: the candidate that was judged.
+        candidates: all that were compared on validation data.
+        details: what else the method says about how it was found.
+        seconds: wall-clock time.
+    """
+
+    run: Run
+    status: Status
+    method: str
+    output: str | None
+    output_sha256: str | None
+    verdict: Verdict
+    patch: Sequence[TensorChange]
+    chosen: Candidate | None
+    candidates: Sequence[Candidate]
+    details: Mapping[str, Any]
+    seconds: float
+
+    @property
+    def exit_code(self) -> int:
+        """0 where nothing is left to repair, else 1."""
+        return 0 if self.status != "not repaired" else 1
