@@ -8,18 +8,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-
 from onnxcare import repair as methods
 from onnxcare._version import __version__
 from onnxcare.data import Dataset, Splits, check_labels, load_dataset, split, without_overlap
-from onnxcare.errors import DataError, ModelError
+from onnxcare.errors import DataError, ModelError, SpecError, UsageError
 from onnxcare.experiment import Experiment
 from onnxcare.graph.model import Model, load_model
 from onnxcare.graph.patch import Patch, TensorChange, check_output, publish, staged, with_metadata
 from onnxcare.inspection import Inspection, inspect_model
 from onnxcare.judge import Verdict, judge
-from onnxcare.locate.select import attribute_sites, select_units
+from onnxcare.locators.select import attribute_sites, select_units
 from onnxcare.properties import backdoor
 from onnxcare.repair.base import Case, Progress, Repair
 from onnxcare.results import Fix, Location, Run, SiteScore, Status, UnitScore
@@ -152,10 +150,11 @@ def fix(
         OnnxcareError: spec, model or data cannot be used, or the output cannot be written.
     """
     started = time.monotonic()
-    out = Path(out)
+    # Behind a link lies the file that is meant: replacing the link would leave it as it was.
+    target = Path(out).resolve()
     run_method = methods.find(method)
     files = [Path(spec), *load_spec(spec).files()]
-    check_output(out, files, Path(model), in_place)
+    check_output(Path(out), files, Path(model), in_place)
     setup = _prepare(model, spec, seed, device, memory, progress)
     case, loaded = setup.case, setup.model
     original = Session(loaded.path, case.experiment.device)
@@ -168,15 +167,15 @@ def fix(
     data = patch.apply(loaded)
     entries = _provenance(setup, found)
     progress("judging the repaired file on held-out data")
-    with staged(loaded, with_metadata(data, entries), out) as path:
+    with staged(loaded, with_metadata(data, entries), target) as path:
         verdict = _judge(case, original, Session(path, case.experiment.device))
         status: Status = "repaired" if verdict.passed else "not repaired"
         written = None
         if verdict.passed or (best_effort and found.values):
             written = with_metadata(data, entries | {"verdict": status})
-            publish(loaded, path, written, out)
+            publish(loaded, path, written, target)
     changes = patch.summary(loaded)
-    return _result(setup, status, method, verdict, found, (out, written), changes, started)
+    return _result(setup, status, method, verdict, found, (Path(out), written), changes, started)
 
 
 def _judge(case: Case, original: Session, repaired: Session) -> Verdict:
@@ -231,23 +230,25 @@ def _prepare(
     """Load everything, split the data and put the model on the operating table."""
     wanted = load_spec(spec)
     seed = wanted.seed if seed is None else seed
+    if seed < 1:
+        raise UsageError(f"seed {seed}: must be at least 1")
     bound = parse_memory(memory)
     chosen: Device = resolve_device(device)
     progress(f"loading {model}")
     loaded = load_model(model)
     data = load_dataset(wanted.data, loaded.inputs, wanted.labels)
     experiment = Experiment(loaded, chosen, bound, data.inputs)
-    scores = experiment.scores(data.inputs)
-    if not np.isfinite(scores).all():
-        bad = int((~np.isfinite(scores).all(axis=1)).sum())
-        raise ModelError(f"{model}: answers NaN or infinity for {bad} of {len(data)} samples of {wanted.data}")
+    scores = experiment.scores(data.inputs, str(wanted.data))
     classes = scores.shape[-1]
     check_labels(data, classes, str(wanted.data))
     splits, notes = _split(wanted, loaded, data, classes, seed)
-    properties = [
-        backdoor.prepare(item, splits, loaded.inputs, classes, experiment.scores, wanted.labels, seed)
-        for item in wanted.properties
-    ]
+    try:
+        properties = [
+            backdoor.prepare(item, splits, loaded.inputs, classes, experiment.scores, wanted.labels, seed)
+            for item in wanted.properties
+        ]
+    except SpecError as error:
+        raise SpecError(f"{spec}: {error}") from None
     case = Case(experiment, splits, properties, wanted.keep, seed, progress)
     parts = ("repair", "search", "validation", "holdout")
     run = Run(

@@ -18,8 +18,8 @@ from onnxcare.errors import ModelError
 from onnxcare.experiment import Activations, Experiment
 from onnxcare.graph.parameters import Parameter
 from onnxcare.graph.sites import Site
-from onnxcare.locate.causal import spread_units
-from onnxcare.locate.select import attribute_sites, select_units
+from onnxcare.locators.causal import spread_units
+from onnxcare.locators.select import attribute_sites, select_units
 from onnxcare.repair import cmaes
 from onnxcare.repair.base import Candidate, Case, Repair
 from onnxcare.repair.panel import Panel

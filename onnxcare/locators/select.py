@@ -15,7 +15,7 @@ import numpy as np
 
 from onnxcare.experiment import Activations
 from onnxcare.graph.sites import Site
-from onnxcare.locate.causal import Attribution, Response, average_causal_effects, spread_units
+from onnxcare.locators.causal import Attribution, Response, average_causal_effects, spread_units
 from onnxcare.properties.base import Property, log_softmax
 from onnxcare.repair.base import Case
 from onnxcare.repair.panel import Outcome, Panel
