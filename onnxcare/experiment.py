@@ -7,7 +7,7 @@ made per intervention or per candidate: a family of P interventions is fed to on
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
@@ -17,9 +17,9 @@ from onnxcare.data import Inputs
 from onnxcare.errors import ModelError
 from onnxcare.graph import surgery
 from onnxcare.graph.layers import Layer, find_layers
-from onnxcare.graph.model import Model
+from onnxcare.graph.model import Model, numpy_dtype
 from onnxcare.graph.sites import Site, find_sites
-from onnxcare.graph.view import GraphView
+from onnxcare.graph.view import GraphView, operator
 from onnxcare.runtime import Budget, Device, Session, batches
 
 Array = np.ndarray
@@ -66,30 +66,72 @@ class Experiment:
         self.memory = memory
         self.copy = surgery.experiment_copy(model)
         self._view = GraphView(model.proto)
-        self.layers: list[Layer] = find_layers(self._view)
-        self.sites: list[Site] = find_sites(self._view, self.layers)
         self.output = class_scores(model)
         graph = surgery.import_graph(self.copy, str(model.path))
         self.logits = surgery.find_logits(graph, self.output)
         self._exposed: dict[tuple[str, ...], tuple[Session, int]] = {}
         self._suffixes: dict[tuple[str, str], Suffix] = {}
+        self._probe = _first(probe, 2)
         self._check_copy(probe)
+        self.layers, self.sites = self._usable(surgery.upstream(graph, self.logits))
 
     def _check_copy(self, probe: Inputs) -> None:
-        few = {name: values[:3] for name, values in probe.items()}
-        original = Session(self.model.path, self.device).run_rows(few, [self.output])[0]
+        """Compare the copy on several rows, never as many as the file fixes, with the original on single ones."""
+        fixed = [signature.shape[0] for signature in self.model.inputs if signature.shape]
+        sizes = [size for size in fixed if isinstance(size, int)]
+        few = _first(probe, max(3, *(size + 1 for size in sizes)) if sizes else 3)
+        original = Session(self.model.path, self.device).run_rows(few, [self.output], rows_per_run=1)[0]
         try:
             copied = self.tensors([self.output], few)[0]
         except ModelError as error:
             raise ModelError(
                 f"{self.model.path}: its batch size is fixed in a way that cannot be relaxed: {error}"
             ) from error
-        same = copied.shape == original.shape and np.allclose(copied, original, rtol=_TOLERANCE, atol=_TOLERANCE)
+        same = copied.shape == original.shape and np.allclose(
+            copied, original, rtol=_TOLERANCE, atol=_TOLERANCE, equal_nan=True
+        )
         if not same:
+            advice = "; export it with a dynamic batch axis" if sizes else ""
             raise ModelError(
                 f"{self.model.path}: several rows in one run do not answer as single rows do "
-                "(some node mixes the rows of a batch); export it with a dynamic batch axis"
+                f"(some node mixes the rows of a batch){advice}"
             )
+
+    def _usable(self, reached: set[str]) -> tuple[list[Layer], list[Site]]:
+        """Return the layers, those that cannot be experimented on refused, and the sites that can be cut at."""
+        layers = find_layers(self._view)
+        sites = find_sites(self._view, layers)
+        tensors = {name for layer in layers for name in (layer.input, layer.output)} | {s.tensor for s in sites}
+        names = sorted(tensors & reached - set(self._probe))
+        lost = set()
+        if names:
+            part = surgery.expose(self.copy, names, str(self.model.path))
+            lost = self._without_samples(Session(part, optimise=False, what=str(self.model.path)), names)
+
+        def refusal(layer: Layer) -> str | None:
+            if layer.output not in reached:
+                return f"{self.logits!r} does not depend on it"
+            wrong = next((name for name in (layer.input, layer.output) if name in lost), None)
+            return layer.refusal or (_no_samples(wrong) if wrong else None)
+
+        def hindrance(site: Site) -> str | None:
+            wrong = next((reader for reader in site.readers if reader.input in lost), None)
+            return site.refusal or (f"layer {wrong.name}: {_no_samples(wrong.input)}" if wrong else None)
+
+        return (
+            [replace(layer, refusal=refusal(layer)) for layer in layers],
+            [replace(site, refusal=hindrance(site)) for site in sites if site.tensor in reached - lost],
+        )
+
+    def _without_samples(self, session: Session, names: Sequence[str]) -> set[str]:
+        """Return the outputs of a session whose axis 0 does not hold the samples, judged by one row and by two."""
+        found: set[str] = set()
+        for rows in (1, 2):
+            few = _first(self._probe, rows)
+            size = len(next(iter(few.values())))
+            values = session.run(self._fed(session, few))
+            found |= {name for name, value in zip(names, values, strict=True) if value.shape[:1] != (size,)}
+        return found
 
     # -- running ---------------------------------------------------------------------------------
 
@@ -103,18 +145,35 @@ class Experiment:
         if names not in self._exposed:
             part = surgery.expose(self.copy, names, str(self.model.path))
             session = Session(part, self.device, what=str(self.model.path))
+            lost = self._without_samples(session, names)
+            if lost:
+                raise ModelError(f"{self.model.path}: {_no_samples(sorted(lost)[0])}")
             self._exposed[names] = session, self._rows(part)
         session, rows = self._exposed[names]
         return session.run_rows(self._fed(session, inputs), rows_per_run=rows)
 
-    def scores(self, inputs: Inputs) -> Array:
-        """Return the logits [samples, classes]."""
-        return self.tensors([self.logits], inputs)[0]
+    def scores(self, inputs: Inputs, source: str = "the data") -> Array:
+        """Return the logits [samples, classes]; `source` names the inputs in errors.
+
+        Raises:
+            ModelError: the model answers NaN or infinity.
+        """
+        scores = self.tensors([self.logits], inputs)[0]
+        bad = int((~np.isfinite(scores).all(axis=-1)).sum())
+        if bad:
+            raise ModelError(
+                f"{self.model.path}: answers NaN or infinity for {bad} of {len(scores)} samples of {source}"
+            )
+        return scores
 
     def between(self, start: str, stop: str, values: Array) -> Array:
-        """Return `stop` computed from values of `start` alone."""
+        """Return `stop` computed from values of `start`, where only the shapes of the model's inputs matter."""
         part = surgery.between(self.copy, start, stop, str(self.model.path))
-        return Session(part, "cpu", what=str(self.model.path)).run({start: values})[0]
+        session = Session(part, "cpu", what=str(self.model.path))
+        feeds = {name: np.repeat(value[:1], len(values), axis=0) for name, value in self._probe.items()}
+        kinds = {name: numpy_dtype(kind) for name, kind, _ in session.inputs}
+        feeds[start] = values.astype(kinds[start])
+        return session.run(self._fed(session, feeds))[0]
 
     def suffix(self, tensor: str, kind: str) -> Suffix:
         """Return the suffix behind a tensor with `affine` or `span` interventions; made once."""
@@ -126,7 +185,7 @@ class Experiment:
     def sum_behind(self, layer: Layer) -> str | None:
         """Return the sum of this layer's output and another activation, where nothing else reads the output."""
         reader = self._view.sole_consumer(layer.output)
-        if reader is None or self._view.nodes[reader].op_type != "Add":
+        if reader is None or operator(self._view.nodes[reader]) != "Add":
             return None
         node = self._view.nodes[reader]
         others = [name for name in node.input if name != layer.output]
@@ -145,7 +204,7 @@ class Experiment:
         for info in [*self.copy.graph.value_info, *self.copy.graph.input, *self.copy.graph.output]:
             dims = [d.dim_value for d in info.type.tensor_type.shape.dim[1:]]
             if all(dims):
-                sizes[info.name] = int(np.prod(dims, dtype=np.int64)) * 4
+                sizes[info.name] = int(np.prod(dims, dtype=np.int64)) * _itemsize(info.type.tensor_type.elem_type)
         return sizes
 
     def _rows(self, part: onnx.ModelProto) -> int:
@@ -165,7 +224,6 @@ class Suffix:
         self._experiment = experiment
         self._kind = kind
         self._cut: surgery.Cut | None = None
-        self._prefix: Session | None = None
         self._session: Session | None = None
         self.tensor = tensor
 
@@ -174,16 +232,11 @@ class Suffix:
         experiment = self._experiment
         what = str(experiment.model.path)
         if self._cut is None:
-            one = {name: values[:1] for name, values in inputs.items()}
-            shape = experiment.tensors([self.tensor], one)[0].shape[1:]
+            shape = experiment.tensors([self.tensor], _first(inputs, 1))[0].shape[1:]
             self._cut = surgery.cut(experiment.copy, self.tensor, experiment.logits, shape, self._kind, what)
-            self._prefix = Session(self._cut.prefix, experiment.device, what=what)
             self._session = Session(self._cut.suffix, experiment.device, what=what)
             self._rows = experiment._rows(self._cut.suffix)
-        assert self._prefix is not None
-        base, *boundary = self._prefix.run_rows(
-            experiment._fed(self._prefix, inputs), rows_per_run=experiment._rows(self._cut.prefix)
-        )
+        base, *boundary = experiment.tensors([self.tensor, *self._cut.boundary], inputs)
         return Activations(base, dict(zip(self._cut.boundary, boundary, strict=True)))
 
     def affine(self, at: Activations, keep: Array, reference: Array) -> Array:
@@ -242,6 +295,19 @@ class Suffix:
                 column.append(scores.reshape(*size, *scores.shape[1:]))
             columns.append(np.concatenate(column))
         return np.concatenate(columns, axis=1)
+
+
+def _first(inputs: Inputs, rows: int) -> Inputs:
+    return {name: values[:rows] for name, values in inputs.items()}
+
+
+def _itemsize(elem_type: int) -> int:
+    """Return the bytes of one element, those of a float32 where the type is not known."""
+    return onnx.helper.tensor_dtype_to_np_dtype(elem_type or onnx.TensorProto.FLOAT).itemsize
+
+
+def _no_samples(tensor: str) -> str:
+    return f"axis 0 of {tensor!r} does not hold the samples"
 
 
 def _part(array: Array, family: slice, rows: slice) -> Array:

@@ -17,7 +17,7 @@ import numpy as np
 
 from onnxcare.errors import ModelError
 from onnxcare.graph.parameters import Parameter, find_parameters
-from onnxcare.graph.view import GraphView, attribute
+from onnxcare.graph.view import GraphView, attribute, operator
 
 Array = np.ndarray
 
@@ -164,8 +164,8 @@ def find_layers(view: GraphView) -> list[Layer]:
     builders = {"Gemm": _gemm, "MatMul": _matmul, "Conv": _conv}
     layers = []
     for index, node in enumerate(view.nodes):
-        build = builders.get(node.op_type)
-        if build is None or node.domain not in ("", "ai.onnx"):
+        build = builders.get(operator(node))
+        if build is None:
             continue
         layer = build(view, parameters, index)
         if layer is not None:
@@ -189,7 +189,7 @@ def _with_refusal(layer: Layer) -> Layer:
 
 
 def _weight(view: GraphView, parameters: Mapping[str, Parameter], name: str) -> tuple[Parameter, bool] | None:
-    """Follow Identity and Transpose nodes from a weight input to its parameter."""
+    """Follow Identity and Transpose nodes from a weight input to its matrix; return also whether it is flipped."""
     flipped = False
     while name not in parameters:
         index = view.producer.get(name)
@@ -197,14 +197,14 @@ def _weight(view: GraphView, parameters: Mapping[str, Parameter], name: str) -> 
             return None
         node = view.nodes[index]
         perm = attribute(node, "perm")
-        if node.op_type == "Transpose" and perm in (None, [1, 0]):
+        if operator(node) == "Transpose" and perm in (None, [1, 0]):
             flipped = not flipped
-        elif node.op_type != "Identity":
+        elif operator(node) != "Identity":
             return None
         if view.sole_consumer(name) is None:
             return None
         name = node.input[0]
-    return parameters[name], flipped
+    return (parameters[name], flipped) if len(parameters[name].shape) == 2 else None
 
 
 def _bias_behind(
@@ -215,7 +215,7 @@ def _bias_behind(
     `tail` is the number of axes behind the unit axis: 0 for a product, the spatial ones for a Conv.
     """
     reader = view.sole_consumer(tensor)
-    if reader is None or view.nodes[reader].op_type != "Add":
+    if reader is None or operator(view.nodes[reader]) != "Add":
         return None
     node = view.nodes[reader]
     other = node.input[1] if node.input[0] == tensor else node.input[0]
@@ -224,7 +224,8 @@ def _bias_behind(
         return None
     fitting = (outputs, *[1] * tail)
     leading = bias.shape[: max(0, len(bias.shape) - len(fitting))]
-    if bias.shape[len(leading) :] != fitting or any(size != 1 for size in leading):
+    # A constant with more axes than a batch of rows or maps would give the sum one more in front of the samples.
+    if bias.shape[len(leading) :] != fitting or leading not in ((), (1,)):
         return None
     return bias, node.output[0]
 
@@ -267,7 +268,7 @@ def _gemm(view: GraphView, parameters: Mapping[str, Parameter], index: int) -> L
 def _matmul(view: GraphView, parameters: Mapping[str, Parameter], index: int) -> Layer | None:
     node = view.nodes[index]
     found = _weight(view, parameters, node.input[1])
-    if found is None or len(found[0].shape) != 2 or not view.is_activation(node.input[0]):
+    if found is None or not view.is_activation(node.input[0]):
         return None
     weight, transposed = found
     outputs, inputs = weight.shape if transposed else weight.shape[::-1]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -13,6 +14,10 @@ from onnx.external_data_helper import ExternalDataInfo, uses_external_data
 
 from onnxcare.errors import ModelError
 from onnxcare.runtime import Session
+
+VALUE_FIELDS = (
+    "raw_data", "float_data", "int32_data", "int64_data", "double_data", "uint64_data", "string_data"
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -51,9 +56,7 @@ class Model:
 
     def external_files(self) -> tuple[Path, ...]:
         """Return the sidecar files that hold tensors of this model."""
-        names = {
-            ExternalDataInfo(tensor).location for tensor in self.proto.graph.initializer if uses_external_data(tensor)
-        }
+        names = {ExternalDataInfo(tensor).location for tensor in _external_tensors(self.proto)}
         return tuple(self.path.parent / name for name in sorted(names))
 
 
@@ -82,6 +85,7 @@ def load_model(path: str | Path) -> Model:
     if not proto.graph.node:
         raise ModelError(f"{path}: not an ONNX model: it holds no graph with nodes")
     _check_external_data(path, proto)
+    _check_values(path, proto)
     session = Session(path, optimise=False)
     return Model(
         path=path,
@@ -95,15 +99,50 @@ def load_model(path: str | Path) -> Model:
 
 def _check_external_data(path: Path, proto: onnx.ModelProto) -> None:
     folder = path.parent.resolve()
-    for tensor in proto.graph.initializer:
-        if not uses_external_data(tensor):
-            continue
-        location = ExternalDataInfo(tensor).location
+    for tensor in _external_tensors(proto):
+        try:
+            location = ExternalDataInfo(tensor).location
+        except ValueError as error:
+            raise ModelError(f"{path}: tensor {tensor.name!r} has damaged external data: {error}") from None
         target = (folder / location).resolve()
         if not target.is_relative_to(folder):
             raise ModelError(f"{path}: tensor {tensor.name!r} points outside its folder: {location}")
         if not target.is_file():
             raise ModelError(f"{path}: its external data file {location} is missing from {path.parent}")
+
+
+def _tensors(proto: onnx.ModelProto) -> list[onnx.TensorProto]:
+    """Return every tensor: initializers and attributes, in branches and functions too."""
+    tensors = list(proto.graph.initializer)
+    nodes = [*proto.graph.node, *(node for function in proto.functions for node in function.node)]
+    while nodes:
+        for item in nodes.pop().attribute:
+            tensors += [item.t, *item.tensors]
+            for graph in (item.g, *item.graphs):
+                tensors += graph.initializer
+                nodes += graph.node
+    return tensors
+
+
+def _external_tensors(proto: onnx.ModelProto) -> Iterator[onnx.TensorProto]:
+    """Yield every tensor that lies in a sidecar file."""
+    return (tensor for tensor in _tensors(proto) if uses_external_data(tensor))
+
+
+def value_fields(tensor: onnx.TensorProto) -> list[str]:
+    """Return the fields in which a tensor carries its values: more than one, and readers disagree about them."""
+    filled = [name for name in VALUE_FIELDS if len(getattr(tensor, name))]
+    return [*filled, "external_data"] if uses_external_data(tensor) else filled
+
+
+def _check_values(path: Path, proto: onnx.ModelProto) -> None:
+    for tensor in _tensors(proto):
+        fields = value_fields(tensor)
+        if len(fields) > 1:
+            raise ModelError(
+                f"{path}: tensor {tensor.name!r} carries values in two fields ({' and '.join(fields)}): "
+                "readers disagree about its weights"
+            )
 
 
 _DTYPES = {

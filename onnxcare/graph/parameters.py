@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,14 +13,11 @@ from onnx.external_data_helper import uses_external_data
 
 from onnxcare.errors import ModelError
 from onnxcare.graph import wire
-from onnxcare.graph.view import GraphView
+from onnxcare.graph.model import VALUE_FIELDS, value_fields
+from onnxcare.graph.view import GraphView, operator
 
 # Field numbers of onnx.proto on the way from a ModelProto to a tensor.
 _GRAPH, _INITIALIZER, _NODE, _ATTRIBUTE, _TENSOR = 7, 5, 1, 5, 5
-
-_VALUE_FIELDS = (
-    "raw_data", "float_data", "int32_data", "int64_data", "double_data", "uint64_data", "string_data"
-)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -58,7 +56,7 @@ def find_parameters(view: GraphView) -> dict[str, Parameter]:
     for index, tensor in enumerate(graph.initializer):
         add(tensor, tensor.name, ((_GRAPH, 0), (_INITIALIZER, index)))
     for index, node in enumerate(graph.node):
-        if node.op_type != "Constant":
+        if operator(node) != "Constant":
             continue
         for position, item in enumerate(node.attribute):
             if item.name == "value":
@@ -81,14 +79,15 @@ def read(proto: onnx.ModelProto, parameter: Parameter, folder: Path) -> np.ndarr
         ModelError: the tensor carries values in two fields, so that readers disagree about the weights.
     """
     tensor = tensor_at(proto, parameter.path)
-    filled = [name for name in _VALUE_FIELDS if len(getattr(tensor, name))]
-    if uses_external_data(tensor):
-        filled.append("external_data")
+    filled = value_fields(tensor)
     if len(filled) > 1:
         raise ModelError(
             f"tensor {parameter.name!r} carries values in two fields ({' and '.join(filled)}): "
             "readers disagree about its weights, so it cannot be repaired"
         )
+    if uses_external_data(tensor):
+        # Older releases of onnx leave the values they read in the tensor.
+        tensor = copy.deepcopy(tensor)
     return numpy_helper.to_array(tensor, str(folder))
 
 
@@ -99,7 +98,7 @@ def encode(proto: onnx.ModelProto, parameter: Parameter, values: np.ndarray) -> 
     payload = numpy_helper.from_array(np.ascontiguousarray(values, dtype=parameter.dtype))
     if tuple(payload.dims) != parameter.shape or payload.data_type != tensor.data_type:
         raise ValueError(f"{parameter.name}: {values.shape} does not fit {parameter.shape}")
-    for name in (*_VALUE_FIELDS, "external_data", "data_location"):
+    for name in (*VALUE_FIELDS, "external_data", "data_location"):
         tensor.ClearField(name)
     tensor.raw_data = payload.raw_data
     return tensor.SerializeToString(deterministic=True)

@@ -70,7 +70,7 @@ class Patch:
         Tensors that were stored in a sidecar file move into the model file; the sidecar stays as it is.
 
         Raises:
-            ModelError: the new values overflow the tensor's type.
+            ModelError: the new values overflow the tensor's type, or the bytes are laid out in an unusual way.
         """
         edits = {}
         for parameter, values in self.values.items():
@@ -78,7 +78,13 @@ class Patch:
             if not np.isfinite(stored).all():
                 raise ModelError(f"{parameter.name}: the repair does not fit into {parameter.dtype}")
             edits[parameter.path] = encode(model.proto, parameter, stored)
-        return wire.splice(model.data, edits)
+        try:
+            return wire.splice(model.data, edits)
+        except (KeyError, ValueError):
+            # Legal protobuf that nobody writes: a graph in several pieces, or fields of the group type.
+            raise ModelError(
+                f"{model.path}: its bytes cannot be patched in place; save it again with onnx.save"
+            ) from None
 
 
 def with_metadata(data: bytes, entries: Mapping[str, str]) -> bytes:
@@ -101,6 +107,8 @@ def check_output(out: Path, taken: list[Path], model: Path, in_place: bool) -> N
     """
     if out.is_dir():
         raise UsageError(f"{out}: is a folder; name the file to write")
+    if out.exists() and not out.is_file():
+        raise UsageError(f"{out}: is not a file but a device or a pipe; name the file to write")
     if not out.parent.is_dir():
         raise UsageError(f"{out}: the folder {out.parent} does not exist")
     if not os.access(out.parent, os.W_OK):
@@ -112,7 +120,7 @@ def check_output(out: Path, taken: list[Path], model: Path, in_place: bool) -> N
     for path in taken:
         if path.exists() and out.samefile(path):
             raise UsageError(f"{out}: is an input of this run; name another file to write")
-    if not in_place and out.samefile(model):
+    if not in_place and model.exists() and out.samefile(model):
         raise UsageError(f"{out}: is the model itself; name another file, or use --in-place")
 
 
@@ -140,10 +148,13 @@ def staged(model: Model, data: bytes, out: Path) -> Iterator[Path]:
     """Write model bytes and sidecars into a temporary folder beside `out`, and remove it afterwards.
 
     Raises:
-        UsageError: the folder of `out` cannot be written, or holds another sidecar of the same name.
+        UsageError: the folder of `out` cannot be written, holds another sidecar of the same name, or `out` is
+            itself the name of a sidecar.
     """
     for sidecar in model.external_files():
         there = out.parent / sidecar.relative_to(model.path.parent)
+        if there == out:
+            raise UsageError(f"{out}: is the name of the model's external data; name another file to write")
         if there.exists() and not there.samefile(sidecar) and not filecmp.cmp(there, sidecar, shallow=False):
             raise UsageError(f"{there}: exists and differs from the model's external data; use another folder")
     with _folder_beside(out) as folder:
@@ -162,6 +173,8 @@ def publish(model: Model, path: Path, data: bytes, out: Path) -> None:
     `data` takes the place of the staged bytes: it may differ from them in metadata alone.
     """
     path.write_bytes(data)
+    if out.exists():
+        shutil.copymode(out, path)
     for sidecar in model.external_files():
         relative = sidecar.relative_to(model.path.parent)
         target = out.parent / relative

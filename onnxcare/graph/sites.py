@@ -14,14 +14,18 @@ from dataclasses import dataclass, replace
 from onnx import NodeProto
 
 from onnxcare.graph.layers import Layer
-from onnxcare.graph.view import GraphView, attribute
+from onnxcare.graph.view import GraphView, attribute, operator
 
-# Steps that treat every value, or every channel, by itself.
+# Steps that treat every value by itself, or all values of a unit alike.
 _UNIT_WISE = frozenset(
     "Relu LeakyRelu Elu Selu Celu Gelu Sigmoid HardSigmoid HardSwish Swish Mish Tanh Softplus Softsign "
     "ThresholdedRelu Clip Erf Exp Log Sqrt Abs Neg Sign Floor Ceil Round Pow Reciprocal "
-    "BatchNormalization InstanceNormalization Dropout Identity Cast MaxPool AveragePool "
-    "GlobalAveragePool GlobalMaxPool LpPool GlobalLpPool LRN Resize Upsample Shrink".split()
+    "BatchNormalization Dropout Identity Cast Shrink".split()
+)
+# Steps over the positions of a map: they keep channels apart, and mix units on any other axis.
+_CHANNEL_WISE = frozenset(
+    "InstanceNormalization LRN MaxPool AveragePool LpPool GlobalAveragePool GlobalMaxPool GlobalLpPool "
+    "Resize Upsample".split()
 )
 # Steps that join several tensors, position by position.
 _JOINING = frozenset("Add Sub Mul Div Sum Max Min Mean Where PRelu".split())
@@ -105,7 +109,7 @@ def _source(view: GraphView, tensor: str) -> str:
     """Walk back from a tensor through steps that only move values about."""
     while True:
         index = view.producer.get(tensor)
-        if index is None or view.nodes[index].op_type not in _REARRANGING:
+        if index is None or operator(view.nodes[index]) not in _REARRANGING:
             return tensor
         tensor = view.nodes[index].input[0]
 
@@ -124,11 +128,11 @@ def _not_foldable(view: GraphView, tensor: str, readers: list[Layer]) -> str | N
             return f"{name!r} is also read inside {view.captured[name]}"
         for index in view.consumers.get(name, []):
             node = view.nodes[index]
-            if index in allowed:
+            if index in allowed and node.input[0] == name and list(node.input).count(name) == 1:
                 continue
-            if node.op_type in _REARRANGING and node.input[0] == name:
+            if operator(node) in _REARRANGING and node.input[0] == name:
                 pending.append(node.output[0])
-            elif node.op_type not in ("Shape", "Size"):
+            elif operator(node) not in ("Shape", "Size"):
                 return f"{name!r} is also read by {node.op_type} {view.label(index)}"
     return None
 
@@ -151,10 +155,10 @@ def _follow_units(view: GraphView, layers: list[Layer]) -> dict[str, _Units]:
         if output in written:
             units[output] = written[output]
             continue
-        if not node.input or node.domain not in ("", "ai.onnx"):
+        if not node.input:
             continue
         for operators, step in _STEPS:
-            if node.op_type in operators:
+            if operator(node) in operators:
                 followed = step(view, node, units)
                 if followed is not None:
                     units[output] = followed
@@ -164,6 +168,11 @@ def _follow_units(view: GraphView, layers: list[Layer]) -> dict[str, _Units]:
 
 def _same(view: GraphView, node: NodeProto, units: dict[str, _Units]) -> _Units | None:
     return units.get(node.input[0])
+
+
+def _same_channels(view: GraphView, node: NodeProto, units: dict[str, _Units]) -> _Units | None:
+    item = units.get(node.input[0])
+    return item if item is not None and item.axis == 1 else None
 
 
 def _joined(view: GraphView, node: NodeProto, units: dict[str, _Units]) -> _Units | None:
@@ -185,7 +194,10 @@ def _concatenated(view: GraphView, node: NodeProto, units: dict[str, _Units]) ->
     if first is None or any(item is None or item.axis != first.axis for item in known):
         return None
     parts = [item for item in known if item is not None]
-    along = attribute(node, "axis") == first.axis
+    axis = attribute(node, "axis")
+    if not isinstance(axis, int) or (axis < 0) != (first.axis < 0):
+        return None  # counted from different ends, so it takes the rank to tell whether they are the same
+    along = axis == first.axis
     if not along and any(part.count != first.count for part in parts):
         return None
     writers = dict.fromkeys(writer for part in parts for writer in part.writers)
@@ -196,7 +208,7 @@ def _concatenated(view: GraphView, node: NodeProto, units: dict[str, _Units]) ->
 def _transposed(view: GraphView, node: NodeProto, units: dict[str, _Units]) -> _Units | None:
     item = units.get(node.input[0])
     perm = attribute(node, "perm")
-    if item is None or not isinstance(perm, list):
+    if item is None or not isinstance(perm, list) or perm[0] != 0:
         return None
     return replace(item, axis=perm.index(item.axis % len(perm)))
 
@@ -219,6 +231,7 @@ def _reduced(view: GraphView, node: NodeProto, units: dict[str, _Units]) -> _Uni
 _Step = Callable[[GraphView, NodeProto, dict[str, _Units]], _Units | None]
 _STEPS: tuple[tuple[frozenset[str], _Step], ...] = (
     (_UNIT_WISE, _same),
+    (_CHANNEL_WISE, _same_channels),
     (_JOINING, _joined),
     (frozenset({"Concat"}), _concatenated),
     (frozenset({"Transpose"}), _transposed),

@@ -16,15 +16,18 @@ file. A cut splits the copy at one tensor h into
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import contextlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import onnx
 import onnx_graphsurgeon as gs
+from onnx_graphsurgeon.logger import G_LOGGER
 
 from onnxcare.errors import ModelError
 from onnxcare.graph.model import Model
+from onnxcare.graph.view import GraphView, operator
 
 BASE, KEEP, REFERENCE = "onnxcare_base", "onnxcare_keep", "onnxcare_reference"
 COEFFICIENTS, DIRECTIONS = "onnxcare_coefficients", "onnxcare_directions"
@@ -84,25 +87,33 @@ def _relax_reshapes(copy: onnx.ModelProto, fixed: int) -> None:
 
     [1, -1] would otherwise merge the whole batch into one row without a word.
     """
-    producers = {name: node for node in copy.graph.node for name in node.output}
-    constants = {tensor.name: tensor for tensor in copy.graph.initializer}
+    view = GraphView(copy)
     for node in copy.graph.node:
-        if node.op_type != "Reshape" or len(node.input) < 2:
+        if operator(node) != "Reshape" or not view.is_activation(node.input[0]):
             continue
-        tensor = constants.get(node.input[1])
-        source = producers.get(node.input[1])
-        if tensor is None and source is not None and source.op_type == "Constant":
-            tensor = next((a.t for a in source.attribute if a.name == "value"), None)
-        if tensor is None:
-            continue
-        target = onnx.numpy_helper.to_array(tensor)
-        if target.size < 2 or target[0] != fixed:
+        target = view.small_constant(node.input[1])
+        if target is None or target.size < 2 or target[0] != fixed:
             continue
         relaxed = target.copy()
-        relaxed[0] = 0
+        # 0 copies the first axis; where -1 is free, the samples may also have been merged with another one before.
+        relaxed[0] = 0 if -1 in target else -1
         name = f"onnxcare_relaxed__{node.input[1]}__{len(copy.graph.initializer)}"
         copy.graph.initializer.append(onnx.numpy_helper.from_array(relaxed, name))
         node.input[1] = name
+        kept = [item for item in node.attribute if item.name != "allowzero"]
+        del node.attribute[:]
+        node.attribute.extend(kept)
+
+
+@contextlib.contextmanager
+def _taking_apart(what: str) -> Iterator[None]:
+    """Keep onnx-graphsurgeon silent, which prints where results go, and explain what it cannot carry."""
+    try:
+        with G_LOGGER.suppress():
+            yield
+    except Exception as error:  # it raises whatever comes up in its code
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ModelError(f"{what}: the graph cannot be taken apart: {reason}") from error
 
 
 def import_graph(copy: onnx.ModelProto, what: str) -> gs.Graph:
@@ -111,14 +122,11 @@ def import_graph(copy: onnx.ModelProto, what: str) -> gs.Graph:
     Raises:
         ModelError: onnx-graphsurgeon cannot carry something in the model.
     """
-    try:
-        # Importing aliases the values of the proto, and exporting renames it: work on a copy of its own.
-        own = onnx.ModelProto()
-        own.CopyFrom(copy)
+    # Importing aliases the values of the proto, and exporting renames it: work on a copy of its own.
+    own = onnx.ModelProto()
+    own.CopyFrom(copy)
+    with _taking_apart(what):
         return gs.import_onnx(own)
-    except Exception as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ModelError(f"{what}: the graph cannot be taken apart: {reason}") from error
 
 
 def find_logits(graph: gs.Graph, output: str) -> str:
@@ -132,20 +140,32 @@ def find_logits(graph: gs.Graph, output: str) -> str:
     return output
 
 
+def upstream(graph: gs.Graph, tensor: str) -> set[str]:
+    """Return the names of the tensors that a tensor is computed from, itself included."""
+    known = graph.tensors()
+    found: set[str] = set()
+    pending = [known[tensor]]
+    while pending:
+        item = pending.pop()
+        if item.name not in found:
+            found.add(item.name)
+            for producer in item.inputs:
+                pending += _read_by(producer, known)
+    return found
+
+
 @dataclass(frozen=True)
 class Cut:
-    """The two parts of a graph that was cut at `tensor`.
+    """A graph that was cut at `tensor`.
 
     Attributes:
         tensor: where it was cut.
-        boundary: the other tensors that cross the cut (skip connections).
-        prefix: model inputs -> tensor, boundary.
+        boundary: the other tensors that cross the cut (skip connections), model inputs among them.
         suffix: interventions, boundary -> scores.
     """
 
     tensor: str
     boundary: tuple[str, ...]
-    prefix: onnx.ModelProto
     suffix: onnx.ModelProto
 
 
@@ -154,17 +174,17 @@ def expose(copy: onnx.ModelProto, tensors: Sequence[str], what: str) -> onnx.Mod
     graph = import_graph(copy, what)
     known = graph.tensors()
     graph.outputs = [_untyped(known[name]) for name in tensors]
-    return _export(graph)
+    return _export(graph, what)
 
 
 def between(copy: onnx.ModelProto, start: str, stop: str, what: str) -> onnx.ModelProto:
-    """Return the part of the graph that computes `stop` from `start` alone."""
+    """Return the part of the graph that computes `stop` from `start`, and from model inputs where shapes need them."""
     graph = import_graph(copy, what)
     known = graph.tensors()
     known[start].inputs.clear()
-    graph.inputs = [_typed(known[start], np.dtype(np.float32))]
+    graph.inputs = [_typed(known[start], np.dtype(np.float32)), *graph.inputs]
     graph.outputs = [_untyped(known[stop])]
-    return _export(graph)
+    return _export(graph, what)
 
 
 def cut(
@@ -190,12 +210,10 @@ def cut(
     """
     graph = import_graph(copy, what)
     known = graph.tensors()
-    behind = _behind(graph, known[tensor])
+    behind = _behind(graph, [known[tensor]])
     if known[scores] not in _outputs_of(behind) and scores != tensor:
         raise ModelError(f"{what}: {scores!r} does not depend on {tensor!r}")
     crossing = _crossing(graph, known[tensor], known[scores], behind)
-    prefix = expose(copy, [tensor, *crossing], what)
-
     h = known[tensor]
     dtype = np.dtype(h.dtype) if h.dtype is not None else np.dtype(np.float32)
     h.inputs.clear()
@@ -205,7 +223,7 @@ def cut(
         inputs += _expand_boundary(graph, known[name], name)
     graph.inputs = inputs
     graph.outputs = [_untyped(known[scores])]
-    return Cut(tensor, tuple(crossing), prefix, _export(graph))
+    return Cut(tensor, tuple(crossing), _export(graph, what))
 
 
 def _insert_affine(graph: gs.Graph, h: gs.Variable, shape: tuple[int, ...], dtype: np.dtype) -> list[gs.Variable]:
@@ -258,19 +276,17 @@ def merged_shape(tensor: str) -> str:
     return f"{boundary_shape(tensor)}__merged"
 
 
-def _behind(graph: gs.Graph, tensor: gs.Variable) -> list[gs.Node]:
-    """Return every node that depends on the tensor, in no particular order."""
+def _behind(graph: gs.Graph, tensors: Iterable[gs.Variable], stop: tuple[str, ...] = ()) -> list[gs.Node]:
+    """Return every node that depends on the tensors other than through a `stop` operator, in no particular order."""
     found: dict[int, gs.Node] = {}
-    pending = list(tensor.outputs)
     inner = _readers_inside(graph)
-    pending += inner.get(tensor.name, [])
+    pending = list(tensors)
     while pending:
-        node = pending.pop()
-        if id(node) in found:
-            continue
-        found[id(node)] = node
-        for output in node.outputs:
-            pending += list(output.outputs) + inner.get(output.name, [])
+        tensor = pending.pop()
+        for node in list(tensor.outputs) + inner.get(tensor.name, []):
+            if id(node) not in found and node.op not in stop:
+                found[id(node)] = node
+                pending += node.outputs
     return list(found.values())
 
 
@@ -281,6 +297,11 @@ def _readers_inside(graph: gs.Graph) -> dict[str, list[gs.Node]]:
         for name in _captured(node):
             found.setdefault(name, []).append(node)
     return found
+
+
+def _read_by(node: gs.Node, known: Mapping[str, gs.Tensor]) -> list[gs.Tensor]:
+    """Return the tensors of this graph that a node reads, in its subgraphs too."""
+    return list(node.inputs) + [known[name] for name in _captured(node) if name in known]
 
 
 def _captured(node: gs.Node) -> set[str]:
@@ -302,10 +323,12 @@ def _outputs_of(nodes: Iterable[gs.Node]) -> list[gs.Variable]:
 def _crossing(graph: gs.Graph, h: gs.Variable, scores: gs.Variable, behind: list[gs.Node]) -> list[str]:
     """Return the tensors beside h that the suffix needs from the prefix.
 
-    Whole-number tensors that were computed from shapes carry the batch size of the prefix: their producers are
-    pulled into the suffix until only activations cross.
+    What is computed from constants has no samples to be repeated for, and what is computed from shapes carries the
+    batch size of the prefix: their producers are pulled into the suffix until only activations cross.
     """
-    suffix = {id(node): node for node in behind}
+    suffix = {id(node) for node in behind}
+    activations = {id(node) for node in _behind(graph, graph.inputs, stop=("Shape", "Size"))}
+    known = graph.tensors()
     crossing: dict[str, gs.Variable] = {}
     pending = [scores]
     seen: set[str] = set()
@@ -315,20 +338,13 @@ def _crossing(graph: gs.Graph, h: gs.Variable, scores: gs.Variable, behind: list
             continue
         seen.add(tensor.name)
         producer = tensor.inputs[0] if tensor.inputs else None
-        computed_here = producer is not None and id(producer) in suffix
-        if producer is not None and (computed_here or _from_shape(tensor, producer)):
-            pending += list(producer.inputs)
-            by_name = graph.tensors()
-            pending += [by_name[name] for name in _captured(producer) if name in by_name]
+        # Whole numbers are pulled as well: positions (NonZero ...) are not laid out by samples.
+        whole = tensor.dtype is not None and np.dtype(tensor.dtype) == np.int64
+        if producer is not None and (id(producer) in suffix or id(producer) not in activations or whole):
+            pending += _read_by(producer, known)
         elif tensor.name:
             crossing[tensor.name] = tensor
     return sorted(crossing)
-
-
-def _from_shape(tensor: gs.Variable, producer: gs.Node) -> bool:
-    if producer.op in ("Shape", "Size", "Constant", "ConstantOfShape"):
-        return True
-    return tensor.dtype is not None and np.dtype(tensor.dtype) == np.int64
 
 
 def _input(name: str, dtype: np.dtype, rank: int) -> gs.Variable:
@@ -356,10 +372,11 @@ def _untyped(tensor: gs.Tensor) -> gs.Tensor:
     return tensor
 
 
-def _export(graph: gs.Graph) -> onnx.ModelProto:
+def _export(graph: gs.Graph, what: str) -> onnx.ModelProto:
     for tensor in graph.tensors().values():
         # Shapes inferred for the whole graph may name the batch; in a part of it they only mislead.
         if isinstance(tensor, gs.Variable) and tensor not in graph.inputs:
             tensor.shape = None
-    graph.cleanup().toposort()
-    return gs.export_onnx(graph, do_type_check=False)
+    with _taking_apart(what):
+        graph.cleanup().toposort()
+        return gs.export_onnx(graph, do_type_check=False)

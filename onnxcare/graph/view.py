@@ -10,6 +10,14 @@ import numpy as np
 import onnx
 from onnx import numpy_helper
 
+# Attributes in which a Constant node may hold numbers without a tensor.
+_PLAIN_VALUES = {
+    "value_float": np.float32,
+    "value_floats": np.float32,
+    "value_int": np.int64,
+    "value_ints": np.int64,
+}
+
 
 class GraphView:
     """Producers, consumers and constants of the main graph of a model."""
@@ -52,14 +60,28 @@ class GraphView:
         """Initializers and the tensors of Constant nodes, by name."""
         found = dict(self._tensors)
         for node in self.nodes:
-            if node.op_type == "Constant" and node.domain in ("", "ai.onnx"):
-                for attribute in node.attribute:
-                    if attribute.name == "value":
-                        found[node.output[0]] = attribute.t
+            if operator(node) == "Constant":
+                for item in node.attribute:
+                    if item.name == "value":
+                        found[node.output[0]] = item.t
+                    elif item.name in _PLAIN_VALUES:
+                        value = np.array(onnx.helper.get_attribute_value(item), _PLAIN_VALUES[item.name])
+                        found[node.output[0]] = numpy_helper.from_array(value)
+        return found
+
+    @cached_property
+    def _fixed(self) -> set[str]:
+        """Constants, and what is computed from constants alone."""
+        found = set(self.constants)
+        for node in self.nodes:
+            if all(name in found for name in (*node.input, *_subgraph_inputs(node)) if name):
+                found.update(node.output)
         return found
 
     def small_constant(self, name: str, limit: int = 64) -> np.ndarray | None:
-        """Return a constant of at most `limit` elements (shapes, axes), or None."""
+        """Return a constant of at most `limit` elements (shapes, axes), behind Identity nodes too, or None."""
+        while name in self.producer and operator(self.nodes[self.producer[name]]) == "Identity":
+            name = self.nodes[self.producer[name]].input[0]
         tensor = self.constants.get(name)
         if tensor is None or int(np.prod(tensor.dims, dtype=np.int64)) > limit:
             return None
@@ -69,7 +91,12 @@ class GraphView:
 
     def is_activation(self, name: str) -> bool:
         """Return whether the tensor may depend on the model's input."""
-        return bool(name) and name not in self.constants
+        return bool(name) and name not in self._fixed
+
+
+def operator(node: onnx.NodeProto) -> str:
+    """Return the name of a node's standard operator, or nothing for one of another domain."""
+    return node.op_type if node.domain in ("", "ai.onnx") else ""
 
 
 def attribute(node: onnx.NodeProto, name: str, default: object = None) -> object:

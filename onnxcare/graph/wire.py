@@ -65,6 +65,11 @@ def fields(data: bytes, start: int, end: int) -> Iterator[tuple[int, int, int, i
         yield number, begin, content, at
 
 
+def _is_message(data: bytes, begin: int) -> bool:
+    """Return whether a field holds bytes: readers take any other wire type for an unknown field and do not count it."""
+    return data[begin] & 7 == _LENGTH
+
+
 def embed(number: int, content: bytes) -> bytes:
     """Encode `content` as a length-delimited field."""
     return write_varint(number << 3 | _LENGTH) + write_varint(len(content)) + content
@@ -100,6 +105,8 @@ def _splice(
     # Only ancestors of an edit are opened: the large rest of the file is copied in whole slices.
     inner = {path[: depth + 1] for path in edits if len(path) > depth and path[:depth] == prefix}
     for number, begin, content, stop in fields(data, start, end):
+        if not _is_message(data, begin):
+            continue
         occurrence = seen.get(number, 0)
         seen[number] = occurrence + 1
         path = (*prefix, (number, occurrence))
@@ -112,8 +119,13 @@ def _splice(
             parts: list[bytes] = []
             _splice(data, content, stop, path, edits, parts.append, found)
             replacement = b"".join(parts)
-        emit(data[unchanged_from:begin])
-        emit(embed(number, replacement))
+        if len(replacement) == stop - content:
+            # The length stays as it was written: some writers pad it, because they reserve room for it.
+            emit(data[unchanged_from:content])
+            emit(replacement)
+        else:
+            emit(data[unchanged_from:begin])
+            emit(embed(number, replacement))
         unchanged_from = stop
     emit(data[unchanged_from:end])
 
@@ -123,7 +135,7 @@ def replace_entries(data: bytes, number: int, drop: Callable[[bytes], bool], add
     parts: list[bytes] = []
     unchanged_from = 0
     for found, begin, content, stop in fields(data, 0, len(data)):
-        if found == number and drop(data[content:stop]):
+        if found == number and _is_message(data, begin) and drop(data[content:stop]):
             parts.append(data[unchanged_from:begin])
             unchanged_from = stop
     parts.append(data[unchanged_from:])
