@@ -10,6 +10,7 @@ import contextlib
 import os
 import sys
 import tempfile
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from onnxcare._version import __version__
-from onnxcare.errors import OnnxcareError
+from onnxcare.errors import OnnxcareError, UsageError
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -25,11 +26,11 @@ if TYPE_CHECKING:
 # Kept here so that --help needs no heavy import; a test compares it with the registry.
 METHODS = ("auto", "care")
 
-_model = click.argument("model", type=click.Path(path_type=Path))
-_spec = click.option(
-    "--spec", required=True, type=click.Path(path_type=Path), help="What must not happen: a care.yaml."
-)
-_seed = click.option("--seed", type=click.IntRange(min=1), help="Takes the place of the spec's seed.")
+# The package itself checks every path, so that the same fault has the same message and exit code everywhere.
+_path = click.Path(path_type=Path, readable=False)
+_model = click.argument("model", type=_path)
+_spec = click.option("--spec", required=True, type=_path, help="What must not happen: a care.yaml.")
+_seed = click.option("--seed", type=click.IntRange(1, 2**31 - 1), help="Takes the place of the spec's seed.")
 _device = click.option(
     "--device",
     type=click.Choice(["auto", "cuda", "cpu"]),
@@ -46,10 +47,11 @@ class _Commands(click.Group):
     """Explains errors in one line and gives each kind its exit code."""
 
     def main(self, *args: Any, **kwargs: Any) -> Any:
+        if not sys.warnoptions:
+            warnings.simplefilter("ignore")  # such as numpy's, on candidates that overflow
         try:
-            return super().main(*args, **{**kwargs, "standalone_mode": False})
-        except click.exceptions.Exit as done:
-            sys.exit(done.exit_code)
+            # click hands back the exit code; python -m would drop it.
+            sys.exit(super().main(*args, **{**kwargs, "standalone_mode": False}))
         except click.ClickException as error:
             error.show()
             sys.exit(error.exit_code)
@@ -57,12 +59,12 @@ class _Commands(click.Group):
             _complain(str(error), error)
             sys.exit(error.exit_code)
         except (KeyboardInterrupt, click.Abort):
-            _complain("interrupted; nothing was written")
+            _complain("interrupted; no half-written file is left")
             sys.exit(130)
-        except BrokenPipeError:
-            # The reader of our output went away; a second complaint at shutdown would only add noise.
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            sys.exit(1)
+        except OSError as error:
+            # A full disk behind standard output, a name too long and the like; click itself sees to broken pipes.
+            _complain(str(error), error)
+            sys.exit(2)
         except Exception as error:
             _complain(
                 f"internal error: {type(error).__name__}: {error}; please report it "
@@ -93,7 +95,7 @@ def main() -> None:
 @main.command()
 @_model
 @_spec
-@click.option("-o", "--output", type=click.Path(path_type=Path), help="Where the repaired model goes.")
+@click.option("-o", "--output", type=_path, help="Where the repaired model goes.")
 @click.option("--in-place", is_flag=True, help="Write over MODEL.")
 @click.option(
     "--method",
@@ -124,10 +126,9 @@ def fix(
     """Repair MODEL and write it to OUTPUT if the judge is satisfied."""
     if (output is None) == (not in_place):
         raise click.UsageError("give either -o OUTPUT or --in-place")
-    from onnxcare.errors import UsageError
-
-    if report not in (None, "-") and not Path(report).parent.is_dir():
-        raise UsageError(f"--json {report}: the folder {Path(report).parent} does not exist")
+    target = output if output is not None else model
+    if report not in (None, "-"):
+        _check_report(Path(report), target, model, spec)
     from onnxcare import api
     from onnxcare.graph.patch import write_atomically
     from onnxcare.report import json, text
@@ -137,7 +138,7 @@ def fix(
         result = api.fix(
             model,
             spec,
-            output if output is not None else model,
+            target,
             method=method,
             seed=seed,
             device=device,
@@ -212,12 +213,7 @@ def inspect(model: Path, as_json: bool) -> None:
 
 
 @main.command()
-@click.option(
-    "-o",
-    "--output",
-    type=click.Path(path_type=Path),
-    help="Where the repaired model goes [default: a new folder].",
-)
+@click.option("-o", "--output", type=_path, help="Where the repaired model goes [default: a new folder].")
 @_device
 @click.pass_context
 def demo(context: click.Context, output: Path | None, device: str) -> None:
@@ -241,6 +237,16 @@ def demo(context: click.Context, output: Path | None, device: str) -> None:
         device=device,
         memory=None,
     )
+
+
+def _check_report(report: Path, output: Path, model: Path, spec: Path) -> None:
+    """Make sure, before any work is done, that the report can be written and overwrites nothing of this run."""
+    from onnxcare.graph.patch import check_output
+    from onnxcare.spec import load_spec
+
+    if report.resolve() == output.resolve():
+        raise UsageError(f"--json {report}: is where the repaired model goes; name another file")
+    check_output(report, [model, spec, *load_spec(spec).files()], model, in_place=False)
 
 
 def _announce(device: str) -> None:

@@ -5,7 +5,6 @@ A data file is an npz with one array per model input, named like it (or `x` if t
 
 from __future__ import annotations
 
-import zipfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -58,22 +57,29 @@ def load_arrays(path: Path) -> dict[str, Array]:
         DataError: it is missing, no npz file, or holds Python objects.
     """
     try:
-        with np.load(path, allow_pickle=False) as archive:
-            if not isinstance(archive, np.lib.npyio.NpzFile):
-                raise DataError(f"{path}: a single array; save named arrays with numpy.savez")
-            return {name: archive[name] for name in archive.files}
+        archive = np.load(path, allow_pickle=False)
+        if isinstance(archive, np.ndarray):
+            raise DataError(f"{path}: a single array; save named arrays with numpy.savez")
+        with archive:
+            arrays = {name: archive[name] for name in archive.files}
+    except DataError:
+        raise
     except FileNotFoundError:
         raise DataError(f"{path}: no such file") from None
     except IsADirectoryError:
         raise DataError(f"{path}: is a folder; name an npz file") from None
-    except (zipfile.BadZipFile, EOFError, OSError):
-        raise DataError(f"{path}: not an npz file, or a truncated one") from None
-    except ValueError as error:
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read: {error.strerror or error}") from None
+    except Exception as error:  # zip, zlib and numpy raise a dozen unrelated types for damaged files
         if "pickle" in str(error).lower():
             raise DataError(
                 f"{path}: holds Python objects or is no npz file; save plain arrays with numpy.savez"
             ) from None
         raise DataError(f"{path}: not an npz file, or a truncated one") from None
+    for name, values in arrays.items():
+        if not isinstance(values, np.ndarray):  # numpy hands out other members of a zip file as bytes
+            raise DataError(f"{path}: {name} is no array; save plain arrays with numpy.savez")
+    return arrays
 
 
 def load_dataset(path: Path, signatures: Sequence[Signature], labels: str = "y") -> Dataset:
@@ -138,7 +144,8 @@ def check_fits(values: Array, signature: Signature, what: str, *, batched: bool 
         )
     if np.issubdtype(values.dtype, np.floating) and not np.isfinite(values).all():
         bad = int(np.size(values) - np.isfinite(values).sum())
-        raise DataError(f"{what} holds {bad} NaN or infinite values; remove those samples")
+        advice = "; remove those samples" if batched else ""
+        raise DataError(f"{what} holds {bad} NaN or infinite values{advice}")
 
 
 def _labels(path: Path, labels: Array | None, key: str, size: int) -> Array | None:
@@ -158,7 +165,7 @@ def check_labels(dataset: Dataset, classes: int, what: str) -> Array:
         DataError: labels are missing or out of range.
     """
     if dataset.labels is None:
-        raise DataError(f"{what}: holds no labels; add an array y, or name its key with 'labels:'")
+        raise DataError(f"{what}: holds no labels; the spec's labels: names the array that holds them (y unless given)")
     low, high = int(dataset.labels.min()), int(dataset.labels.max())
     if low < 0 or high >= classes:
         raise DataError(f"{what}: labels run from {low} to {high}, but the model has classes 0 to {classes - 1}")

@@ -72,9 +72,7 @@ def _cuda_works() -> bool:
     opset = [onnx.helper.make_opsetid("", 17)]
     probe = onnx.helper.make_model(graph, ir_version=8, opset_imports=opset)
     try:
-        session = ort.InferenceSession(
-            probe.SerializeToString(), _options(threads=1, optimise=False), _PROVIDERS["cuda"]
-        )
+        session = _open(probe.SerializeToString(), _options(threads=1, optimise=False), "cuda")
     except Exception:  # a broken driver raises whatever it likes; all of it means "no CUDA"
         return False
     return "CUDAExecutionProvider" in session.get_providers()
@@ -116,6 +114,13 @@ def _options(threads: int | None, optimise: bool) -> ort.SessionOptions:
     return options
 
 
+def _open(source: str | bytes, options: ort.SessionOptions, device: Device) -> ort.InferenceSession:
+    """Make a session, without the fallback that prints to standard output and goes on with another provider."""
+    import onnxruntime as ort
+
+    return ort.InferenceSession(source, options, _PROVIDERS[device], enable_fallback=0)
+
+
 class Session:
     """A loaded model that runs on one device and takes any number of rows.
 
@@ -143,20 +148,18 @@ class Session:
         Raises:
             ModelError: onnxruntime cannot load the model, or not on this device.
         """
-        import onnxruntime as ort
-
         self.device = device
         name = str(source) if isinstance(source, Path) else what or "model"
         content = str(source) if isinstance(source, Path) else source.SerializeToString()
         try:
-            self._session = ort.InferenceSession(content, _options(None, optimise), _PROVIDERS[device])
+            self._session = _open(content, _options(None, optimise), device)
+            self.inputs = [(i.name, i.type, tuple(i.shape)) for i in self._session.get_inputs()]
+            self.outputs = [(o.name, o.type, tuple(o.shape)) for o in self._session.get_outputs()]
         except Exception as error:  # onnxruntime raises a dozen unrelated types
             raise ModelError(f"{name}: {_load_failure(str(error))}") from error
         if device == "cuda" and "CUDAExecutionProvider" not in self._session.get_providers():
             raise ModelError(f"{name}: onnxruntime fell back to the CPU; use --device cpu")
         self.name = name
-        self.inputs = [(i.name, i.type, tuple(i.shape)) for i in self._session.get_inputs()]
-        self.outputs = [(o.name, o.type, tuple(o.shape)) for o in self._session.get_outputs()]
 
     def put(self, array: Array) -> Any:
         """Place an array on the device once, so that later runs need not copy it (no copy on the CPU)."""
@@ -243,8 +246,11 @@ def _load_failure(text: str) -> str:
             f"IR version {match[1]} is newer than this onnxruntime takes (at most {match[2]}); "
             "export it again with an older ir_version"
         )
-    if match := re.search(r"[Oo]pset (\d+) is under development.*?up till v?(\d+)|Current official support", text):
-        return f"its opset is newer than this onnxruntime takes; {_tail(text)}"
+    if match := re.search(r"Opset (\d+) is under development.*for domain (\S+) is till opset (\d+)", text, re.DOTALL):
+        return (
+            f"opset {match[1]} of domain {match[2]} is newer than this onnxruntime takes (at most {match[3]}); "
+            "export it again with an older opset"
+        )
     if match := re.search(r"(?:Fatal error: )?([\w.\-]*):?(\w+)\([-\d]*\) is not a registered function/op", text):
         domain = f" of domain {match[1]}" if match[1] else ""
         return f"onnxruntime has no kernel for operator {match[2]}{domain}; such a model cannot be run or repaired"

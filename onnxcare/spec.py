@@ -18,6 +18,8 @@ Paths are relative to the spec. Instead of `trigger`, `triggered: file.npz` give
 
 from __future__ import annotations
 
+import reprlib
+from collections.abc import Hashable
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -41,7 +43,7 @@ def _relative(path: Path, info: ValidationInfo) -> Path:
 
 
 DataPath = Annotated[Path, AfterValidator(_relative)]
-Share = Annotated[float, Field(ge=0, le=1)]
+Share = Annotated[float, Field(ge=0, le=1, strict=True)]
 
 
 class _Section(BaseModel):
@@ -77,7 +79,7 @@ class BackdoorSpec(_Section):
     trigger: DataPath | None = None
     triggered: DataPath | None = None
     triggered_holdout: DataPath | None = None
-    target: Annotated[int, Field(ge=0)]
+    target: Annotated[int, Field(ge=0, strict=True)]
     max_rate: Share = 0.01
 
     @model_validator(mode="after")
@@ -100,7 +102,7 @@ class Spec(_Section):
     labels: str = "y"
     properties: Annotated[list[BackdoorSpec], Field(min_length=1)]
     keep: Keep = Keep()
-    seed: Annotated[int, Field(ge=1)] = 1
+    seed: Annotated[int, Field(ge=1, le=2**31 - 1, strict=True)] = 1
 
     @model_validator(mode="after")
     def _names_differ(self) -> Spec:
@@ -116,6 +118,18 @@ class Spec(_Section):
         for item in self.properties:
             found += [item.trigger, item.triggered, item.triggered_holdout]
         return [path for path in found if path is not None]
+
+
+class _Loader(yaml.SafeLoader):
+    """Refuses a key that stands twice; YAML itself would keep the last one without a word."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
+        seen = []
+        for key, _ in node.value if isinstance(node, yaml.MappingNode) else ():
+            if key.value in seen:
+                raise yaml.MarkedYAMLError(problem=f"the key {key.value!r} stands twice", problem_mark=key.start_mark)
+            seen.append(key.value)
+        return super().construct_mapping(node, deep)
 
 
 def load_spec(path: str | Path) -> Spec:
@@ -134,17 +148,27 @@ def load_spec(path: str | Path) -> Spec:
     except OSError as error:
         raise SpecError(f"{path}: cannot be read: {error.strerror}") from None
     try:
-        content = yaml.safe_load(text)
-    except yaml.YAMLError as error:
+        content = yaml.load(text, _Loader)
+    except Exception as error:  # yaml raises whatever int, float and datetime raise, and RecursionError
         mark = getattr(error, "problem_mark", None)
         where = f" in line {mark.line + 1}" if mark else ""
-        raise SpecError(f"{path}: not valid YAML{where}: {getattr(error, 'problem', error)}") from None
+        problem = " ".join(str(getattr(error, "problem", error)).split())
+        raise SpecError(f"{path}: not valid YAML{where}: {problem}") from None
     if not isinstance(content, dict):
         raise SpecError(f"{path}: expected keys such as data: and properties:, see the README")
     try:
         return Spec.model_validate(content, context={"folder": path.parent})
     except ValidationError as error:
         raise SpecError(f"{path}: {_explain(error, content)}") from None
+
+
+# Where pydantic would speak of its own classes.
+_PLAINLY = {
+    "list_type": "expected a list",
+    "model_type": "expected keys with values",
+    "path_type": "expected a path",
+    "too_short": "expected at least one item",
+}
 
 
 def _explain(error: ValidationError, content: dict[str, Any]) -> str:
@@ -169,5 +193,5 @@ def _explain(error: ValidationError, content: dict[str, Any]) -> str:
         case "value_error":
             text = problem["msg"].removeprefix("Value error, ")
             return f"{key}: {text}" if key else text
-        case _:
-            return f"{key}: {problem['msg'].lower()}, not {problem['input']!r}"
+        case kind:
+            return f"{key}: {_PLAINLY.get(kind, problem['msg'].lower())}, not {reprlib.repr(problem['input'])}"

@@ -147,7 +147,7 @@ def show_inspection(inspection: Inspection, console: Console) -> None:
     for word, signatures in (("input", inspection.inputs), ("output", inspection.outputs)):
         for item in signatures:
             shape = ", ".join(str(length) for length in item.shape)
-            console.print(f"{word} {escape(item.name)}: {item.dtype or 'not a tensor'} [{escape(shape)}]")
+            console.print(f"{word} {escape(item.name)}: {item.dtype or 'not a tensor'} \\[{escape(shape)}]")
     layers = Table(title="Layers", title_justify="left")
     for name in ("layer", "operator", "in", "out", "values", "repairable"):
         layers.add_column(name, overflow="fold", justify="right" if name in ("in", "out", "values") else "left")

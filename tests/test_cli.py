@@ -1,0 +1,447 @@
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+from helpers import (
+    CARRIERS,
+    TRIGGER_FEATURE,
+    TRIGGER_VALUE,
+    Paths,
+    answers,
+    check_refusal,
+    clean_samples,
+    contents,
+    dense,
+    fix,
+    onnxcare,
+    triggered_samples,
+    weights,
+    write_case,
+)
+
+from onnxcare import cli, repair
+from onnxcare._version import __version__
+
+HEAVY = ("numpy", "onnx", "onnxruntime", "onnx_graphsurgeon", "cma", "scipy", "pydantic", "yaml", "rich")
+
+
+def python(*args: object, **options: object) -> subprocess.CompletedProcess[str]:
+    """Run Python in a process of its own."""
+    return subprocess.run([sys.executable, *map(str, args)], capture_output=True, text=True, timeout=60, **options)
+
+
+def metadata(path: Path) -> dict[str, str]:
+    return {entry.key: entry.value for entry in onnx.load(path).metadata_props}
+
+
+def unlabelled(paths: Paths) -> Paths:
+    """Give triggered samples without labels: those of class 1 keep their answer, so the limit cannot be met."""
+    np.savez(paths.folder / "bad.npz", input=triggered_samples(100, seed=9)["input"])
+    paths.rewrite("trigger: trigger.npz", "triggered: bad.npz")
+    return paths
+
+
+# -- start ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("args", [["--help"], ["fix", "-h"], ["locate", "--help"], ["--version"]])
+def test_help_imports_nothing_heavy(args: list[str]) -> None:
+    code = (
+        "import sys; from onnxcare.cli import main\n"
+        f"try: main({args})\n"
+        "except SystemExit as done: assert not done.code, done.code\n"
+        f"print([name for name in {HEAVY} if name in sys.modules], file=sys.stderr)"
+    )
+    done = python("-c", code)
+    assert done.returncode == 0
+    assert done.stderr.strip() == "[]"
+    assert "Usage: " in done.stdout or __version__ in done.stdout
+
+
+def test_methods_are_those_of_the_registry() -> None:
+    assert tuple(repair.METHODS) == cli.METHODS
+
+
+def test_help_names_every_command_and_option() -> None:
+    assert {"fix", "locate", "inspect", "demo"} <= set(onnxcare("--help").stdout.split())
+    for option in ("--spec", "--output", "--in-place", "--method", "--best-effort", "--json", "--seed", "--memory"):
+        assert option in onnxcare("fix", "--help").stdout
+
+
+def test_no_arguments_show_the_help() -> None:
+    result = onnxcare()
+    assert result.exit_code == 2
+    assert "Commands:" in result.output
+
+
+# -- fix -----------------------------------------------------------------------------------------
+
+
+def test_fix(tiny: Paths) -> None:
+    before = contents(tiny.folder)
+    result = fix(tiny)
+    assert result.exit_code == 0
+    assert result.stderr == ""
+    assert "repaired" in result.stdout.splitlines()[-1]
+    assert str(tiny.out) in result.stdout
+    assert "100.00 % (448/448)" in result.stdout and "0.00 % (0/448)" in result.stdout
+    after = contents(tiny.folder)
+    assert after.pop("repaired.onnx") is not None
+    assert after == before
+    # What was written answers triggered samples by their true class and clean ones as before.
+    bad, clean = triggered_samples(400, seed=21), clean_samples(400, seed=22)
+    assert (answers(tiny.model, bad["input"]) == 1).all()
+    assert (answers(tiny.out, bad["input"]) == bad["y"]).mean() > 0.98
+    assert (answers(tiny.out, clean["input"]) == clean["y"]).mean() > 0.98
+
+
+def test_fix_by_multipliers(tiny: Paths) -> None:
+    result = fix(tiny, "--method", "care")
+    assert result.exit_code == 0
+    assert "method care" in result.stdout
+    bad = triggered_samples(400, seed=21)
+    assert (answers(tiny.out, bad["input"]) == bad["y"]).mean() > 0.98
+    assert metadata(tiny.out)["onnxcare.method"] == "care"
+
+
+def test_json_on_standard_output(tiny: Paths) -> None:
+    result = fix(tiny, "--json", "-", device="auto")
+    found = json.loads(result.stdout)
+    assert result.stderr.startswith("onnxcare: device ") and len(result.stderr.splitlines()) == 1
+    assert found["status"] == "repaired" and found["exit_code"] == result.exit_code == 0
+    assert found["output"] == str(tiny.out)
+    assert found["output_sha256"] == hashlib.sha256(tiny.out.read_bytes()).hexdigest()
+    assert found["run"]["sha256"] == hashlib.sha256(tiny.model.read_bytes()).hexdigest()
+    assert found["run"]["seed"] == 1
+    finding = found["verdict"]["properties"][0]
+    assert finding["name"] == "seventh" and finding["before"]["value"] == 1 and finding["passed"]
+    assert {change["name"] for change in found["patch"]} <= set(weights())
+    assert metadata(tiny.out)["onnxcare.parent_sha256"] == found["run"]["sha256"]
+
+
+def test_json_in_a_file(tiny: Paths) -> None:
+    report = tiny.folder / "report.json"
+    report.write_text("an older one")
+    result = fix(tiny, "--json", report)
+    assert result.exit_code == 0
+    assert "repaired" in result.stdout.splitlines()[-1]
+    assert json.loads(report.read_text())["output"] == str(tiny.out)
+    assert sorted(path.name for path in tiny.folder.iterdir() if path.name.startswith(".")) == []
+
+
+def test_not_repaired(tiny: Paths) -> None:
+    unlabelled(tiny)
+    before = contents(tiny.folder)
+    result = fix(tiny)
+    assert result.exit_code == 1
+    assert "not repaired" in result.stdout.splitlines()[-1] and "nothing was written" in result.stdout
+    assert contents(tiny.folder) == before
+
+
+def test_a_bad_repair_is_not_written(tiny: Paths, monkeypatch: pytest.MonkeyPatch) -> None:
+    from onnxcare.repair import auto
+
+    method = auto.repair
+
+    def harmful(case):
+        found = method(case)
+        return type(found)(found.method, {p: 0 * case.read(p) for p in found.values}, found.chosen, [], {})
+
+    monkeypatch.setattr(auto, "repair", harmful)
+    before = contents(tiny.folder)
+    result = fix(tiny)
+    assert result.exit_code == 1
+    assert "fail" in result.stdout
+    assert contents(tiny.folder) == before
+
+
+def test_best_effort_writes_what_is_not_good(tiny: Paths) -> None:
+    unlabelled(tiny)
+    result = fix(tiny, "--best-effort", "--json", "-")
+    found = json.loads(result.stdout)
+    assert result.exit_code == 1
+    assert found["status"] == "not repaired" and found["output"] == str(tiny.out)
+    assert metadata(tiny.out)["onnxcare.verdict"] == "not repaired"
+
+
+def test_nothing_to_repair(tmp_path: Path) -> None:
+    paths = write_case(tmp_path, dense(backdoored=False))
+    before = contents(tmp_path)
+    result = fix(paths)
+    assert result.exit_code == 0
+    assert "nothing to repair" in result.stdout.splitlines()[-1]
+    assert contents(tmp_path) == before
+
+
+def test_repaired_once_there_is_nothing_left_to_repair(tiny: Paths) -> None:
+    assert fix(tiny).exit_code == 0
+    again = onnxcare("fix", tiny.out, "--spec", tiny.spec, "--in-place", "--device", "cpu")
+    assert again.exit_code == 0
+    assert "nothing to repair" in again.stdout
+
+
+def test_in_place(tiny: Paths) -> None:
+    original = tiny.model.read_bytes()
+    result = onnxcare("fix", tiny.model, "--spec", tiny.spec, "--in-place", "--device", "cpu")
+    assert result.exit_code == 0
+    assert tiny.model.read_bytes() != original
+    assert metadata(tiny.model)["onnxcare.parent_sha256"] == hashlib.sha256(original).hexdigest()
+    bad = triggered_samples(200, seed=23)
+    assert (answers(tiny.model, bad["input"]) == bad["y"]).mean() > 0.98
+
+
+def test_an_older_output_is_written_over(tiny: Paths) -> None:
+    tiny.out.write_bytes(b"an older one")
+    assert fix(tiny).exit_code == 0
+    assert metadata(tiny.out)["onnxcare.verdict"] == "repaired"
+
+
+def test_seed(tiny: Paths) -> None:
+    written = {}
+    for seed in ([], ["--seed", 1], ["--seed", 2**31 - 1]):
+        result = fix(tiny, "--json", "-", *seed)
+        assert result.exit_code == 0
+        run = json.loads(result.stdout)["run"]
+        assert run["seed"] == (seed[1] if seed else 1)
+        assert metadata(tiny.out)["onnxcare.seed"] == str(run["seed"])
+        written[run["seed"], bool(seed)] = tiny.out.read_bytes()
+    assert written[1, False] == written[1, True] != written[2**31 - 1, True]
+
+
+@pytest.mark.parametrize("size", ["100K", "2 GiB", "1.5g"])
+def test_memory(tiny: Paths, size: str) -> None:
+    assert fix(tiny, "--memory", size).exit_code == 0
+
+
+def test_data_may_be_called_x_and_be_without_holdout(tiny: Paths) -> None:
+    samples = clean_samples(600, seed=1)
+    np.savez(tiny.data, x=samples["input"], y=samples["y"].astype(np.uint8))
+    tiny.rewrite("holdout: holdout.npz\n", "")
+    result = fix(tiny, "--json", "-")
+    assert result.exit_code == 0
+    assert sum(json.loads(result.stdout)["run"]["samples"].values()) == 600
+
+
+def test_samples_held_out_twice_are_left_out(tiny: Paths) -> None:
+    mixed = {name: values[:500] for name, values in clean_samples(600, seed=1).items()}
+    for name, values in clean_samples(300, seed=2).items():
+        mixed[name] = np.concatenate([mixed[name], values])
+    np.savez(tiny.holdout, **mixed)
+    result = fix(tiny, "--json", "-")
+    run = json.loads(result.stdout)["run"]
+    assert run["samples"]["holdout"] == 300
+    assert "500 samples" in run["notes"][0]
+
+
+def test_trigger_with_a_batch_axis_and_in_other_types(tiny: Paths) -> None:
+    mask = np.zeros((1, 8), bool)
+    mask[0, TRIGGER_FEATURE] = True
+    tiny.edit(tiny.trigger, mask=mask, pattern=TRIGGER_VALUE * mask.astype(np.float64))
+    assert fix(tiny).exit_code == 0
+
+
+def test_names_with_spaces_brackets_and_other_letters(tmp_path: Path) -> None:
+    folder = tmp_path / "modèles [red] à réparer"
+    folder.mkdir()
+    paths = write_case(folder)
+    paths.rewrite("name: seventh", "name: 'la [bold]7e[/bold]'")
+    result = fix(paths)
+    assert result.exit_code == 0
+    assert "la [bold]7e[/bold]" in result.stdout
+    assert str(paths.out) in result.stdout.replace("\n", "")
+    shown = onnxcare("inspect", paths.model)
+    assert shown.exit_code == 0 and str(paths.model) in shown.stdout.replace("\n", "")
+
+
+def test_relative_paths(tiny: Paths, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tiny.folder)
+    result = onnxcare("fix", "model.onnx", "--spec", "care.yaml", "-o", "out.onnx", "--json", "r.json")
+    assert result.exit_code == 0
+    assert json.loads(Path("r.json").read_text())["output"] == "out.onnx"
+
+
+# -- locate and inspect --------------------------------------------------------------------------
+
+
+def test_locate(tiny: Paths) -> None:
+    before = contents(tiny.folder)
+    result = onnxcare("locate", tiny.model, "--spec", tiny.spec, "--device", "cpu", "--json", "--seed", 5)
+    found = json.loads(result.stdout)
+    assert result.exit_code == 0 and result.stderr == ""
+    scores = [unit["score"] for unit in found["units"]]
+    assert scores == sorted(scores, reverse=True)
+    # Unit 2 speaks for the target class itself; the three that carry the backdoor come next.
+    assert [(unit["site"], unit["unit"]) for unit in found["units"][:4]] == [
+        ("hidden", unit) for unit in (2, *CARRIERS)
+    ]
+    assert found["sites"][0]["site"] == "hidden" and found["sites"][0]["units"] == 16
+    assert set(CARRIERS) <= set(found["sites"][0]["chosen"])
+    assert found["run"]["seed"] == 5
+    assert contents(tiny.folder) == before
+
+
+def test_locate_as_text(tiny: Paths) -> None:
+    result = onnxcare("locate", tiny.model, "--spec", tiny.spec, "--device", "cpu", "--samples", 16, "--values", 2)
+    assert result.exit_code == 0 and result.stderr == ""
+    assert "hidden" in result.stdout and "12" in result.stdout
+
+
+def test_inspect(tiny: Paths) -> None:
+    result = onnxcare("inspect", tiny.model, "--json")
+    found = json.loads(result.stdout)
+    assert result.exit_code == 0 and result.stderr == ""
+    assert found["opset"] == 17 and found["ir_version"] == 8 and found["nodes"] == 3
+    assert [layer["name"] for layer in found["layers"]] == ["first", "second"]
+    assert [layer["refusal"] for layer in found["layers"]] == [None, None]
+    assert found["inputs"] == [{"name": "input", "dtype": "float32", "shape": ["batch", 8]}]
+    assert found["sha256"] == hashlib.sha256(tiny.model.read_bytes()).hexdigest()
+
+
+def test_inspect_as_text(tiny: Paths) -> None:
+    result = onnxcare("inspect", tiny.model)
+    assert result.exit_code == 0 and result.stderr == ""
+    for word in ("input: float32 [batch, 8]", "first", "second", "hidden"):
+        assert word in result.stdout
+
+
+# -- defects, interrupts and the world outside ---------------------------------------------------
+
+
+def boom(*args: object, **kwargs: object) -> None:
+    raise ZeroDivisionError("of [x] by zero")
+
+
+def interrupt(*args: object, **kwargs: object) -> None:
+    raise KeyboardInterrupt
+
+
+def test_internal_error(tiny: Paths, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("onnxcare.repair.auto.repair", boom)
+    before = contents(tiny.folder)
+    result = fix(tiny)
+    assert result.exit_code == 4 and result.stdout == ""
+    (line,) = result.stderr.splitlines()
+    assert line.startswith("onnxcare: internal error: ZeroDivisionError: of [x] by zero")
+    assert "report" in line and "ONNXCARE_TRACEBACK" in line
+    assert contents(tiny.folder) == before
+
+
+def test_traceback_on_demand(tiny: Paths, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ONNXCARE_TRACEBACK", "1")
+    monkeypatch.setattr("onnxcare.repair.auto.repair", boom)
+    result = fix(tiny)
+    assert result.exit_code == 4
+    assert "Traceback" in result.stderr and "in boom" in result.stderr
+
+
+@pytest.mark.parametrize("where", ["repair.auto.repair", "api.judge", "api.publish", "runtime.Session.run_rows"])
+def test_interrupt(tiny: Paths, monkeypatch: pytest.MonkeyPatch, where: str) -> None:
+    before = contents(tiny.folder)
+    monkeypatch.setattr(f"onnxcare.{where}", interrupt)
+    result = fix(tiny)
+    assert result.exit_code == 130 and result.stdout == ""
+    assert result.stderr.split("\n")[-2:] == ["onnxcare: interrupted; no half-written file is left", ""]
+    assert not result.stderr.split("\n")[:-2] or result.stderr.split("\n")[:-2] == [""]
+    assert contents(tiny.folder) == before
+
+
+def test_interrupt_in_place_leaves_the_model(tiny: Paths, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = contents(tiny.folder)
+    monkeypatch.setattr("onnxcare.api.publish", interrupt)
+    result = onnxcare("fix", tiny.model, "--spec", tiny.spec, "--in-place", "--device", "cpu")
+    assert result.exit_code == 130
+    assert contents(tiny.folder) == before
+
+
+def test_interrupt_by_a_signal(samples: Path, tmp_path: Path) -> None:
+    sample = samples / "mnist-square-pytorch"
+    args = ["-m", "onnxcare", "fix", sample / "model.onnx", "--spec", sample / "care.yaml"]
+    args += ["-o", tmp_path / "repaired.onnx", "--method", "care"]
+    with subprocess.Popen(
+        [sys.executable, *map(str, args)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stderr is not None and process.stdout is not None
+        assert process.stderr.readline().startswith("onnxcare: device ")
+        time.sleep(1.5)
+        assert process.poll() is None
+        process.send_signal(signal.SIGINT)
+        out, err = process.communicate(timeout=30)
+    assert process.returncode == 130
+    assert err.split() == "onnxcare: interrupted; no half-written file is left".split()
+    assert out == ""
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_exit_code_of_the_module(tiny: Paths) -> None:
+    unlabelled(tiny)
+    args = ("fix", tiny.model, "--spec", tiny.spec, "-o", tiny.out, "--device", "cpu")
+    done = python("-m", "onnxcare", *args)
+    assert done.returncode == 1
+    assert "not repaired" in done.stdout and done.stderr == ""
+
+
+def test_reader_goes_away(tiny: Paths) -> None:
+    with subprocess.Popen(
+        [sys.executable, "-m", "onnxcare", "inspect", "--json", str(tiny.model)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as process:
+        assert process.stdout is not None and process.stderr is not None
+        process.stdout.close()
+        err = process.stderr.read()
+    assert process.returncode == 1
+    assert err == ""
+
+
+def test_full_disk_behind_standard_output(tiny: Paths, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*args: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("onnxcare.report.text.show_inspection", full)
+    result = onnxcare("inspect", tiny.model)
+    check_refusal(result, 2, "No space left on device")
+
+
+def test_output_with_a_name_too_long(tiny: Paths) -> None:
+    before = contents(tiny.folder)
+    name = 300 * "a"
+    result = onnxcare("fix", tiny.model, "--spec", tiny.spec, "-o", tiny.folder / name, "--device", "cpu")
+    check_refusal(result, 2, name, "too long")
+    assert contents(tiny.folder) == before
+
+
+def test_demo_explains_a_bad_output(tmp_path: Path) -> None:
+    result = onnxcare("demo", "-o", tmp_path / "nowhere" / "x.onnx", "--device", "cpu")
+    assert result.exit_code == 2 and result.stdout == ""
+    assert result.stderr.startswith("$ onnxcare fix ")
+    assert "nowhere does not exist" in result.stderr
+
+
+# -- devices -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("works", "device"), [(False, "cpu"), (True, "cuda")])
+def test_auto_says_what_it_took(tiny: Paths, monkeypatch: pytest.MonkeyPatch, works: bool, device: str) -> None:
+    monkeypatch.setattr("onnxcare.runtime._cuda_works", lambda: works)
+    monkeypatch.setattr("onnxcare.repair.auto.repair", interrupt)
+    assert f"onnxcare: device {device} (" in fix(tiny, device="auto").stderr
+
+
+@pytest.mark.gpu
+def test_gpu(tiny: Paths) -> None:
+    result = fix(tiny, "--json", "-", device="cuda")
+    assert result.exit_code == 0
+    assert json.loads(result.stdout)["run"]["device"] == "cuda"
+    bad = triggered_samples(400, seed=21)
+    assert (answers(tiny.out, bad["input"]) == bad["y"]).mean() > 0.98
