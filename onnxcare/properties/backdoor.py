@@ -103,7 +103,7 @@ def prepare(
         trigger = load_trigger(spec.trigger, signatures[0])
         parts: tuple[PartName, ...] = ("repair", "search", "validation", "holdout")
         stamped = {part: _stamp(trigger, getattr(splits, part), spec.target, name) for part in parts}
-        _need_samples(spec, stamped, str(spec.trigger))
+        _need_samples(spec, stamped)
         return Backdoor(spec, stamped, ())
     assert spec.triggered is not None
     triggered = _load_triggered(spec, spec.triggered, signatures, classes, labels)
@@ -166,7 +166,7 @@ def _from_triggered(
         )
         for part, rows in zip(searching, _split_rows(usable, [0.5, 0.2, 0.3], seed), strict=True):
             evidence[part] = Evidence(rows, None)
-    _need_samples(spec, evidence, str(spec.triggered))
+    _need_samples(spec, evidence)
     return Backdoor(spec, evidence, notes)
 
 
@@ -197,9 +197,10 @@ def _stamp(trigger: Trigger, clean: Dataset, target: int, name: str) -> Evidence
     return Evidence(stamped, twins)
 
 
-def _need_samples(spec: BackdoorSpec, evidence: dict[PartName, Evidence], source: str) -> None:
+def _need_samples(spec: BackdoorSpec, evidence: dict[PartName, Evidence]) -> None:
     for part, found in evidence.items():
         if not len(found.bad):
             raise DataError(
-                f"{source}: no samples of other classes than {spec.target} are left for {part}; give more data"
+                f"property {spec.name!r}: no samples of other classes than {spec.target} are left for {part}; "
+                "give more data"
             )

@@ -13,8 +13,10 @@ from onnxcare.graph.model import Signature
 
 Array = np.ndarray
 
-# A pixel of a patch hardly varies over triggered samples, and hardly any clean sample has its value.
-_CONSTANT, _RARE = 0.02, 0.05
+# A value of a patch hardly varies over triggered samples: by less than this share of the range.
+_CONSTANT = 0.02
+# How likely it may be that a value of any clean input stays that constant over as many samples by chance.
+_CHANCE = 1e-3
 
 
 @dataclass(frozen=True)
@@ -68,9 +70,9 @@ def load_trigger(path: Path, signature: Signature) -> Trigger:
 def estimate_triggers(triggered: Dataset, clean: Dataset, name: str) -> list[Trigger]:
     """Return static triggers that could have turned clean samples into the triggered ones.
 
-    The triggered samples need no clean twins. Two kinds are tried: a patch, where values are constant over the
-    triggered samples and rare among clean ones; and an even blend, where triggered values vary less than clean
-    ones by the same factor 1 - m everywhere, so that mean(x') = (1 - m) mean(x) + m * pattern.
+    The triggered samples need no clean twins. Two kinds are tried: a patch, whose values are so constant over the
+    triggered samples as clean ones would not be by chance; and an even blend, where triggered values vary less
+    than clean ones by the same factor 1 - m everywhere, so that mean(x') = (1 - m) mean(x) + m * pattern.
 
     Args:
         triggered: inputs with the trigger; labels are the true ones, if known.
@@ -87,7 +89,8 @@ def _patch(bad: Array, good: Array, span: float) -> Trigger | None:
     value = np.median(bad, axis=0)
     constant = np.abs(bad - value).max(axis=0) < _CONSTANT * span
     share = (np.abs(good - value) < _CONSTANT * span).mean(axis=0)
-    mask = (constant & (share < _RARE)).astype(good.dtype)
+    by_chance = share ** len(bad) * share.size
+    mask = (constant & (by_chance < _CHANCE)).astype(good.dtype)
     if not mask.any():
         return None
     return Trigger(mask, (value * mask).astype(good.dtype), "patch")

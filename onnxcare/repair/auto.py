@@ -89,7 +89,7 @@ def repair(case: Case) -> Repair:
         reasons = [f"{layer.name}: {layer.refusal}" for layer in case.experiment.layers]
         why = "; ".join(reasons[:3]) or "it has no Gemm, MatMul or Conv with constant weights"
         raise ModelError(f"{case.experiment.model.path}: no layer can be repaired: {why}")
-    scan = _scan(case, layers)
+    scan, skipped = _scan(case, layers)
     found: list[_Found] = []
     for index, (layer, _) in enumerate(scan[:_REFINED_LAYERS]):
         case.progress(f"refining {layer.name} ({index + 1} of {min(len(scan), _REFINED_LAYERS)})")
@@ -103,6 +103,7 @@ def repair(case: Case) -> Repair:
     candidates = [unchanged, *(item.candidate for item in found)]
     details = {
         "scan": [{"layer": layer.name, "cost": outcome.cost} for layer, outcome in scan],
+        "skipped": skipped,
         "layer": best.layer.name,
         "cmaes_evaluations": evaluations,
     }
@@ -114,22 +115,27 @@ def repair(case: Case) -> Repair:
     return Repair("auto", {p: new[p.name] for p in known}, best.candidate, candidates, details)
 
 
-def _scan(case: Case, layers: list[Layer]) -> list[tuple[Layer, Outcome]]:
-    """Rank the layers by what a regression on a few samples does to unseen ones."""
+def _scan(case: Case, layers: list[Layer]) -> tuple[list[tuple[Layer, Outcome]], dict[str, str]]:
+    """Rank the layers by what a regression on a few samples does to unseen ones; say why some were skipped."""
     fit, unseen = case.panel("repair", _SCAN_SAMPLES), case.panel("search", _SCAN_SAMPLES)
-    ranked = []
+    ranked, skipped = [], {}
     for index, layer in enumerate(layers):
         case.progress(f"scanning layer {layer.name} ({index + 1} of {len(layers)})")
+        if closed_form.memory_needed(layer) > case.experiment.memory:
+            skipped[layer.name] = "its regression does not fit into the memory allowed; see --memory"
+            continue
         try:
             regression = closed_form.accumulate(case.experiment, layer, fit.clean, fit)
             changes = regression.solve(alpha=1.0, rho=1e-2, ranks=[None])
             outcome = _Bench(case, layer).outcomes(unseen, changes)[0]
-        except (ModelError, np.linalg.LinAlgError):
-            continue  # a layer that cannot be cut or solved is no candidate; another one may be
+        except (ModelError, np.linalg.LinAlgError) as error:
+            skipped[layer.name] = str(error)  # it is no candidate, but another layer may be
+            continue
         ranked.append((layer, outcome))
     if not ranked:
-        raise ModelError(f"{case.experiment.model.path}: no layer could be cut open for a repair")
-    return sorted(ranked, key=lambda item: item[1].cost)
+        name, reason = next(iter(skipped.items()))
+        raise ModelError(f"{case.experiment.model.path}: no layer could be cut open for a repair; {name}: {reason}")
+    return sorted(ranked, key=lambda item: item[1].cost), skipped
 
 
 def _refine(case: Case, layer: Layer) -> list[_Found]:

@@ -9,8 +9,8 @@ of its matrix product, a column of ones for the bias) and T = output(twin) - out
 
 makes the layer do it by itself and moves it least on clean samples. Expectations are over samples, with sums over the
 positions of a convolution. The best change of rank r is D V V' with V the top r eigenvectors of D' H D, H the matrix
-that is inverted above. Where the layer's only consumer adds it to a skip connection, T is taken behind the addition, so
-that the layer also cancels what arrives over the skip. Kin to causal tracing and rank-one editing (Meng et al.,
+that is inverted above. Where the layer's only consumer adds it to a skip connection, T is taken behind the addition,
+so that the layer also cancels what arrives over the skip. Kin to causal tracing and rank-one editing (Meng et al.,
 ROME, NeurIPS 2022).
 """
 
@@ -55,8 +55,9 @@ class Regression:
         for clean, bad, right in zip(self.clean, self.bad, self.right, strict=True):
             system = alpha * clean + bad
             # A unit that is dead on all samples leaves a zero row; the floor keeps the system solvable.
-            system[np.diag_indices(d)] += max(rho * np.trace(clean) / d, 1e-12)
-            full = scipy.linalg.solve(system, right, assume_a="pos")
+            floor = 1e-9 * np.trace(system) / d + 1e-12
+            system[np.diag_indices(d)] += max(rho * np.trace(clean) / d, floor)
+            full = scipy.linalg.cho_solve(scipy.linalg.cho_factor(system), right)
             # H D = R, so D' H D = D' R: the ranking of directions needs no further product with H.
             _, vectors = np.linalg.eigh((full.T @ right + right.T @ full) / 2)
             per_group.append([full if r is None else _project(full, vectors[:, -r:]) for r in ranks])
@@ -65,6 +66,15 @@ class Regression:
 
 def _project(change: Array, top: Array) -> Array:
     return change @ top @ top.T
+
+
+def memory_needed(layer: Layer) -> int:
+    """Return the bytes that the sums of a layer take, with one system being solved."""
+    d = layer.inputs // layer.groups
+    if layer.convolution:
+        d *= int(np.prod(layer.convolution.kernel))
+    matrices = 2 * layer.groups + 2
+    return matrices * d * d * np.dtype(np.float64).itemsize
 
 
 def accumulate(experiment: Experiment, layer: Layer, clean: Dataset, panel: Panel) -> Regression:
@@ -118,17 +128,19 @@ def _target(experiment: Experiment, layer: Layer, bad: Dataset, twins: Dataset |
     is_now = experiment.tensors([tensor], bad.inputs)[0]
     if twins is not None:
         return experiment.tensors([tensor], twins.inputs)[0] - is_now
-    ought = experiment.tensors([tensor], clean.inputs)[0]
+    return _mean_shift(is_now, bad, experiment.tensors([tensor], clean.inputs)[0], clean)
+
+
+def _mean_shift(is_now: Array, bad: Dataset, ought: Array, clean: Dataset) -> Array:
+    """Return for every bad sample the shift from the mean bad to the mean clean output, per class if known."""
     if bad.labels is None or clean.labels is None:
         return np.broadcast_to(ought.mean(axis=0) - is_now.mean(axis=0), is_now.shape)
-    target = np.empty_like(is_now)
-    overall = ought.mean(axis=0)
+    shift = np.empty_like(is_now)
     for label in np.unique(bad.labels):
-        mine = bad.labels == label
-        same = clean.labels == label
-        goal = ought[same].mean(axis=0) if same.any() else overall
-        target[mine] = goal - is_now[mine].mean(axis=0)
-    return target
+        mine, same = bad.labels == label, clean.labels == label
+        goal = ought[same].mean(axis=0) if same.any() else ought.mean(axis=0)
+        shift[mine] = goal - is_now[mine].mean(axis=0)
+    return shift
 
 
 def _input_pieces(experiment: Experiment, layer: Layer, inputs: Inputs) -> Iterator[Array]:

@@ -1,0 +1,121 @@
+"""The backdoor property: rates counted by hand, and where its evidence comes from."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from cases import SQUARE, images, sample_case
+
+from onnxcare.data import Dataset, Splits
+from onnxcare.errors import DataError
+from onnxcare.graph.model import Signature
+from onnxcare.properties import backdoor
+from onnxcare.properties.base import log_softmax
+from onnxcare.spec import BackdoorSpec
+
+SIGNATURES = [Signature("x", np.dtype(np.float32), ("N", 6))]
+
+
+def predict(inputs) -> np.ndarray:
+    """Answer class 2 wherever any of the last two features is above 2, else the sign of the first."""
+    x = inputs["x"]
+    scores = np.zeros((len(x), 3))
+    scores[:, 0], scores[:, 1] = x[:, 0], -x[:, 0]
+    scores[:, 2] = np.where(x[:, 4:].max(axis=1) > 2, 10, -10)
+    return scores
+
+
+@pytest.fixture
+def splits() -> Splits:
+    rng = np.random.default_rng(1)
+    parts = []
+    for _ in range(4):
+        x = np.clip(rng.normal(size=(60, 6)), -1.9, 1.9).astype(np.float32)
+        labels = predict({"x": x}).argmax(axis=1)
+        labels[:10] = 2
+        parts.append(Dataset({"x": x}, labels))
+    return Splits(*parts)
+
+
+def write_triggered(path, count: int, rng, moving: bool, labels=None) -> None:
+    x = np.clip(rng.normal(size=(count, 6)), -1.9, 1.9).astype(np.float32)
+    column = rng.integers(4, 6, count) if moving else np.full(count, 5)
+    x[np.arange(count), column] = 3
+    np.savez(path, x=x, **({} if labels is None else {"y": labels}))
+
+
+def prepare(spec: dict, splits: Splits) -> backdoor.Backdoor:
+    item = BackdoorSpec.model_validate({"name": "t", "kind": "backdoor", "target": 2} | spec)
+    return backdoor.prepare(item, splits, SIGNATURES, 3, predict, "y", seed=1)
+
+
+def test_rates_leave_out_samples_of_the_target_class():
+    case = sample_case(SQUARE)
+    (item,) = case.properties
+    for part in ("repair", "search", "validation", "holdout"):
+        evidence, clean = item.evidence(part), getattr(case.splits, part)
+        assert len(evidence.bad) == (clean.truth != 1).sum()
+        assert (evidence.bad.truth != 1).all()
+        np.testing.assert_array_equal(images(evidence.twins), images(clean)[clean.truth != 1])
+    np.testing.assert_array_equal(item.relevant(case.splits.repair), case.splits.repair.truth != 1)
+
+
+def test_loss_is_the_divergence_from_the_answer_on_the_twin():
+    (item,) = sample_case(SQUARE).properties
+    rng = np.random.default_rng(2)
+    reference, scores = log_softmax(rng.normal(size=(5, 10))), log_softmax(rng.normal(size=(3, 5, 10)))
+    losses = item.loss(scores, reference)
+    for member, loss in zip(scores, losses, strict=True):
+        by_hand = [
+            sum(np.exp(p) * (p - q) for p, q in zip(ought, answer, strict=True))
+            for ought, answer in zip(reference, member, strict=True)
+        ]
+        assert loss == pytest.approx(np.mean(by_hand))
+
+
+def test_loss_without_twins_is_finite_and_falls_with_the_targets_probability():
+    (item,) = sample_case(SQUARE).properties
+    scores = np.zeros((3, 4, 10))
+    scores[0, :, 1], scores[2, :, 1] = 200, -200
+    losses = item.loss(log_softmax(scores), None)
+    assert np.isfinite(losses).all()
+    assert losses[0] > losses[1] > losses[2] >= 0
+
+
+def test_a_static_trigger_is_estimated_and_stamped_on_clean_samples(tmp_path, splits):
+    rng = np.random.default_rng(3)
+    write_triggered(tmp_path / "t.npz", 40, rng, moving=False, labels=rng.integers(0, 2, 40))
+    item = prepare({"triggered": tmp_path / "t.npz"}, splits)
+    assert item.evidence("repair").twins is not None
+    assert (images(item.evidence("repair").bad)[:, 5] == 3).all()
+    assert item.evidence("holdout").twins is None
+    assert len(item.evidence("holdout").bad) == 12
+    assert "estimated from 28 triggered samples as a patch of 1 values" in item.notes[0]
+
+
+def test_a_moving_trigger_is_not_forced_into_a_static_one(tmp_path, splits):
+    write_triggered(tmp_path / "t.npz", 40, np.random.default_rng(3), moving=True)
+    item = prepare({"triggered": tmp_path / "t.npz"}, splits)
+    assert item.evidence("repair").twins is None
+    assert any("confidence is low" in note for note in item.notes)
+    assert any("no labels" in note for note in item.notes)
+    sizes = [len(item.evidence(part).bad) for part in ("repair", "search", "validation", "holdout")]
+    assert sum(sizes) == 40
+
+
+def test_held_out_triggered_samples_are_the_judges_alone(tmp_path, splits):
+    rng = np.random.default_rng(4)
+    write_triggered(tmp_path / "t.npz", 30, rng, moving=True)
+    write_triggered(tmp_path / "h.npz", 25, rng, moving=True)
+    item = prepare({"triggered": tmp_path / "t.npz", "triggered_holdout": tmp_path / "h.npz"}, splits)
+    given = np.load(tmp_path / "h.npz")["x"]
+    np.testing.assert_array_equal(images(item.evidence("holdout").bad), given)
+    sizes = [len(item.evidence(part).bad) for part in ("repair", "search", "validation")]
+    assert sum(sizes) == 30
+
+
+def test_triggered_samples_of_the_target_alone_are_refused(tmp_path, splits):
+    path = tmp_path / "t.npz"
+    write_triggered(path, 20, np.random.default_rng(5), moving=False, labels=np.full(20, 2))
+    with pytest.raises(DataError, match="true class is the target"):
+        prepare({"triggered": path}, splits)

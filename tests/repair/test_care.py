@@ -1,0 +1,55 @@
+"""CARE's multipliers: the folded file does what the interventions did, negative factors included."""
+
+from __future__ import annotations
+
+import functools
+from pathlib import Path
+
+import numpy as np
+import onnxruntime as ort
+import pytest
+from cases import BLEND, SQUARE, sample_case
+
+from onnxcare.graph.patch import Patch
+from onnxcare.locators.causal import spread_units
+from onnxcare.repair import care
+from onnxcare.repair.base import Repair
+
+
+@pytest.mark.parametrize("folder", [SQUARE, BLEND], ids=lambda path: path.name)
+@pytest.mark.parametrize("index", [0, 1, 2])
+def test_folded_multipliers_equal_the_intervention(folder, index):
+    case = sample_case(folder)
+    site = case.experiment.sites[index]
+    factors = np.random.default_rng(index).normal(size=site.units) * 2
+    assert (factors < 0).any()
+    inputs = case.panel("search", 50).inputs
+    suffix = case.experiment.suffix(site.tensor, "affine")
+    at = suffix.cache(inputs)
+    rank = at.base.ndim - 1
+    expected = suffix.affine(
+        at, spread_units(factors[None], site, rank), spread_units(np.zeros((1, site.units)), site, rank)
+    )[0]
+    data = Patch(care.fold(case, site, factors)).apply(case.experiment.model)
+    scores = ort.InferenceSession(data).run(None, dict(inputs))[0]
+    if folder == BLEND:
+        expected = np.exp(expected - expected.max(axis=1, keepdims=True))
+        expected /= expected.sum(axis=1, keepdims=True)
+    np.testing.assert_allclose(scores, expected, rtol=1e-4, atol=1e-4)
+
+
+@functools.cache
+def repaired(folder: Path) -> Repair:
+    return care.repair(sample_case(folder))
+
+
+def test_multipliers_lower_the_attack_success_but_not_without_a_price():
+    case, found = sample_case(), repaired(SQUARE)
+    assert found.chosen.outcome.excess[0] < 0.5 * case.before.excess[0]
+    assert found.chosen.outcome.cost < case.before.cost
+    assert found.details["multipliers"]
+    data = Patch(found.values).apply(case.experiment.model)
+    panel = case.panel("validation")
+    scores = ort.InferenceSession(data).run(None, dict(panel.inputs))[0]
+    outcome = panel.outcomes(scores[None])[0]
+    assert outcome.excess[0] == pytest.approx(found.chosen.outcome.excess[0], abs=5e-3)

@@ -1,0 +1,56 @@
+"""The CMA-ES wrapper: it finds minima, is reproducible, and leaves numpy's random state alone."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from onnxcare.repair.cmaes import minimise
+
+
+def bowl(points: np.ndarray) -> np.ndarray:
+    return ((points - np.arange(1, points.shape[1] + 1)) ** 2).sum(axis=1)
+
+
+@pytest.mark.parametrize("size", [1, 2, 6])
+def test_finds_the_minimum_of_a_bowl(size):
+    result = minimise(bowl, np.zeros(size), sigma=0.5, seed=1, generations=200)
+    np.testing.assert_allclose(result.best, np.arange(1, size + 1), atol=0.02)
+    assert result.cost == pytest.approx(bowl(result.best[None])[0])
+    assert result.start == pytest.approx(bowl(np.zeros((1, size)))[0])
+
+
+def test_same_seed_same_result_and_other_seed_another():
+    runs = [minimise(bowl, np.zeros(4), sigma=0.5, seed=seed, generations=15) for seed in (3, 3, 4)]
+    np.testing.assert_array_equal(runs[0].best, runs[1].best)
+    assert (runs[0].best != runs[2].best).any()
+
+
+def test_the_start_stays_a_candidate():
+    result = minimise(bowl, np.arange(1.0, 5.0), sigma=0.5, seed=1, generations=5)
+    np.testing.assert_array_equal(result.best, np.arange(1.0, 5.0))
+    assert result.cost == 0
+
+
+def test_bounds_hold():
+    result = minimise(bowl, np.zeros(3), sigma=0.5, seed=1, bounds=(-1, 1), generations=100)
+    assert (np.abs(result.best) <= 1).all()
+    np.testing.assert_allclose(result.best, 1, atol=0.05)
+
+
+def test_nan_costs_are_survived():
+    def holey(points):
+        costs = bowl(points)
+        costs[points[:, 0] < 0] = np.nan
+        return costs
+
+    result = minimise(holey, np.ones(3), sigma=0.5, seed=1, generations=100)
+    np.testing.assert_allclose(result.best, [1, 2, 3], atol=0.05)
+
+
+def test_the_global_random_state_is_left_as_it_was():
+    np.random.seed(5)
+    expected = np.random.random(3)
+    np.random.seed(5)
+    minimise(bowl, np.zeros(2), sigma=0.5, seed=1, generations=3)
+    np.testing.assert_array_equal(np.random.random(3), expected)

@@ -1,0 +1,41 @@
+"""Results as JSON: everything in it, nothing that is not JSON."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+
+import numpy as np
+
+from onnxcare.judge import Rate
+from onnxcare.report.json import render
+
+
+@dataclass(frozen=True)
+class Sample:
+    values: np.ndarray
+    share: float
+    names: tuple[str, ...]
+    dtype: np.dtype
+
+    @property
+    def total(self) -> float:
+        return float(self.values.sum())
+
+
+def test_arrays_tuples_dtypes_and_derived_values_are_plain():
+    text = render(Sample(np.array([1.0, 2.0]), float("nan"), ("ä", "b"), np.dtype(np.float32)))
+    assert json.loads(text) == {
+        "values": [1.0, 2.0],
+        "share": None,
+        "names": ["ä", "b"],
+        "dtype": "float32",
+        "total": 3.0,
+    }
+
+
+def test_a_rate_carries_its_value_and_interval():
+    found = json.loads(render(Rate.of(np.array([True, False, False, False]))))
+    assert found["value"] == 0.25
+    assert (found["count"], found["total"]) == (1, 4)
+    assert 0 < found["low"] < 0.25 < found["high"] < 1

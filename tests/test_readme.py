@@ -1,0 +1,62 @@
+"""What the README shows is true of the code."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+import onnxcare
+from onnxcare import cli
+from onnxcare.spec import load_spec
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def blocks(text: str) -> list[str]:
+    return [block.replace("\n    ", "\n").strip() for block in re.findall(r"(?:\n    .*|\n(?=\n    ))+", text)]
+
+
+def test_the_spec_is_valid(tmp_path):
+    (example,) = [block for block in blocks(README) if block.startswith("data:")]
+    (tmp_path / "care.yaml").write_text(example, encoding="utf-8")
+    spec = load_spec(tmp_path / "care.yaml")
+    assert spec.properties[0].name == "white-square"
+    assert spec.properties[0].trigger == tmp_path / "trigger.npz"
+    assert spec.keep.recall_drop == 0.05
+
+
+@pytest.mark.parametrize("command", ["fix", "locate", "inspect", "demo"])
+def test_every_command_and_option_it_names_exists(command):
+    shown = CliRunner().invoke(cli.main.commands[command], ["--help"]).output
+    assert f"onnxcare {command}" in README
+    if command == "fix":
+        options = "--method --seed --device --memory --json --in-place --best-effort --output --spec".split()
+        assert all(option in shown for option in options)
+        assert all(option in README for option in options if option != "--output")
+
+
+def test_the_functions_it_names_exist():
+    (example,) = [block for block in blocks(README) if block.startswith("import onnxcare")]
+    for name in re.findall(r"onnxcare\.(\w+)\(", example):
+        assert name in onnxcare.__all__
+        assert callable(getattr(onnxcare, name))
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/architecture.md", "docs/methods.md", "sample_models/README.md"])
+def test_links_lead_somewhere(page):
+    text = (ROOT / page).read_text(encoding="utf-8")
+    for target in re.findall(r"\]\(([^)#]+)\)", text):
+        if not target.startswith("http"):
+            assert ((ROOT / page).parent / target).exists(), target
+
+
+def test_the_tree_in_the_architecture_is_the_tree():
+    text = (ROOT / "docs/architecture.md").read_text(encoding="utf-8")
+    named = set(re.findall(r"`(\w+/\w+\.py|\w+\.py)`", text))
+    assert named
+    for name in named:
+        assert (ROOT / "onnxcare" / name).is_file(), name
