@@ -21,7 +21,7 @@ from onnxcare.locators.select import attribute_sites, select_units
 from onnxcare.properties import backdoor
 from onnxcare.repair.base import Case, Progress, Repair
 from onnxcare.results import Fix, Location, Run, SiteScore, Status, UnitScore
-from onnxcare.runtime import Device, Session, parse_memory, resolve_device
+from onnxcare.runtime import Device, Session, few_blas_threads, parse_memory, resolve_device
 from onnxcare.spec import Spec, load_spec
 
 # Shares of `data` for repair, search and validation; the last share is held out where the spec names no file.
@@ -61,6 +61,7 @@ def inspect(model: str | Path) -> Inspection:
     return inspect_model(load_model(model))
 
 
+@few_blas_threads()
 def locate(
     model: str | Path,
     spec: str | Path,
@@ -119,6 +120,7 @@ def locate(
     )
 
 
+@few_blas_threads()
 def fix(
     model: str | Path,
     spec: str | Path,
@@ -179,8 +181,16 @@ def fix(
 
 
 def _judge(case: Case, original: Session, repaired: Session) -> Verdict:
-    output = case.experiment.output
-    return judge(original, repaired, output, case.splits.holdout, case.properties, case.keep)
+    experiment = case.experiment
+    return judge(
+        original,
+        repaired,
+        experiment.output,
+        case.splits.holdout,
+        case.properties,
+        case.keep,
+        experiment.rows_per_run,
+    )
 
 
 def _provenance(setup: _Setup, found: Repair) -> dict[str, str]:

@@ -221,6 +221,8 @@ def demo(context: click.Context, output: Path | None, device: str) -> None:
     from onnxcare.demo import sample
 
     folder = sample()
+    if folder.is_relative_to(Path.cwd()):
+        folder = folder.relative_to(Path.cwd())
     target = output or Path(tempfile.mkdtemp(prefix="onnxcare-demo-")) / "repaired.onnx"
     command = f"onnxcare fix {folder / 'model.onnx'} --spec {folder / 'care.yaml'} -o {target}"
     click.echo(f"$ {command}", err=True)

@@ -6,9 +6,10 @@ made per intervention or per candidate: a family of P interventions is fed to on
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import TypeVar
 
 import numpy as np
 import onnx
@@ -26,6 +27,13 @@ Array = np.ndarray
 
 # The experiment copy must answer as the original does, up to rounding of fused operators.
 _TOLERANCE = 1e-4
+# Every session holds a copy of the weights it needs, so only the last few are kept.
+_KEPT = 4
+# Share of the memory that the cached activations at one cut may take.
+_CACHED = 0.25
+
+_Key = TypeVar("_Key")
+_Value = TypeVar("_Value")
 
 
 @dataclass(frozen=True)
@@ -53,6 +61,7 @@ class Experiment:
         sites: what can be intervened on.
         output: the output that is judged.
         logits: the tensor that experiments compute for it (the input of a final Softmax).
+        probe: inputs of two samples, for trying things out.
     """
 
     def __init__(self, model: Model, device: Device, memory: int, probe: Inputs) -> None:
@@ -71,7 +80,7 @@ class Experiment:
         self.logits = surgery.find_logits(graph, self.output)
         self._exposed: dict[tuple[str, ...], tuple[Session, int]] = {}
         self._suffixes: dict[tuple[str, str], Suffix] = {}
-        self._probe = _first(probe, 2)
+        self.probe = _first(probe, 2)
         self._check_copy(probe)
         self.layers, self.sites = self._usable(surgery.upstream(graph, self.logits))
 
@@ -84,6 +93,8 @@ class Experiment:
         try:
             copied = self.tensors([self.output], few)[0]
         except ModelError as error:
+            if not sizes:
+                raise
             raise ModelError(
                 f"{self.model.path}: its batch size is fixed in a way that cannot be relaxed: {error}"
             ) from error
@@ -102,7 +113,7 @@ class Experiment:
         layers = find_layers(self._view)
         sites = find_sites(self._view, layers)
         tensors = {name for layer in layers for name in (layer.input, layer.output)} | {s.tensor for s in sites}
-        names = sorted(tensors & reached - set(self._probe))
+        names = sorted(tensors & reached - set(self.probe))
         lost = set()
         if names:
             part = surgery.expose(self.copy, names, str(self.model.path))
@@ -127,7 +138,7 @@ class Experiment:
         """Return the outputs of a session whose axis 0 does not hold the samples, judged by one row and by two."""
         found: set[str] = set()
         for rows in (1, 2):
-            few = _first(self._probe, rows)
+            few = _first(self.probe, rows)
             size = len(next(iter(few.values())))
             values = session.run(self._fed(session, few))
             found |= {name for name, value in zip(names, values, strict=True) if value.shape[:1] != (size,)}
@@ -142,15 +153,16 @@ class Experiment:
         return [inputs[name] if name in inputs else next(computed) for name in names]
 
     def _computed(self, names: tuple[str, ...], inputs: Inputs) -> list[Array]:
-        if names not in self._exposed:
-            part = surgery.expose(self.copy, names, str(self.model.path))
-            session = Session(part, self.device, what=str(self.model.path))
-            lost = self._without_samples(session, names)
-            if lost:
-                raise ModelError(f"{self.model.path}: {_no_samples(sorted(lost)[0])}")
-            self._exposed[names] = session, self._rows(part)
-        session, rows = self._exposed[names]
+        session, rows = _recent(self._exposed, names, lambda: self._expose(names))
         return session.run_rows(self._fed(session, inputs), rows_per_run=rows)
+
+    def _expose(self, names: tuple[str, ...]) -> tuple[Session, int]:
+        part = surgery.expose(self.copy, names, str(self.model.path))
+        session = Session(part, self.device, what=str(self.model.path))
+        lost = self._without_samples(session, names)
+        if lost:
+            raise ModelError(f"{self.model.path}: {_no_samples(sorted(lost)[0])}")
+        return session, self.rows_of(part)
 
     def scores(self, inputs: Inputs, source: str = "the data") -> Array:
         """Return the logits [samples, classes]; `source` names the inputs in errors.
@@ -170,17 +182,14 @@ class Experiment:
         """Return `stop` computed from values of `start`, where only the shapes of the model's inputs matter."""
         part = surgery.between(self.copy, start, stop, str(self.model.path))
         session = Session(part, "cpu", what=str(self.model.path))
-        feeds = {name: np.repeat(value[:1], len(values), axis=0) for name, value in self._probe.items()}
+        feeds = {name: np.repeat(value[:1], len(values), axis=0) for name, value in self.probe.items()}
         kinds = {name: numpy_dtype(kind) for name, kind, _ in session.inputs}
         feeds[start] = values.astype(kinds[start])
         return session.run(self._fed(session, feeds))[0]
 
     def suffix(self, tensor: str, kind: str) -> Suffix:
-        """Return the suffix behind a tensor with `affine` or `span` interventions; made once."""
-        key = (tensor, kind)
-        if key not in self._suffixes:
-            self._suffixes[key] = Suffix(self, tensor, kind)
-        return self._suffixes[key]
+        """Return the suffix behind a tensor with `affine` or `span` interventions; the last few are kept."""
+        return _recent(self._suffixes, (tensor, kind), lambda: Suffix(self, tensor, kind))
 
     def sum_behind(self, layer: Layer) -> str | None:
         """Return the sum of this layer's output and another activation, where nothing else reads the output."""
@@ -207,7 +216,12 @@ class Experiment:
                 sizes[info.name] = int(np.prod(dims, dtype=np.int64)) * _itemsize(info.type.tensor_type.elem_type)
         return sizes
 
-    def _rows(self, part: onnx.ModelProto) -> int:
+    @property
+    def rows_per_run(self) -> int:
+        """How many samples the whole model may run on at once."""
+        return self.rows_of(self.copy)
+
+    def rows_of(self, part: onnx.ModelProto) -> int:
         """Return how many rows of this part of the graph may run at once."""
         outputs = [name for node in part.graph.node for name in node.output]
         known = [self._bytes_of[name] for name in outputs if name in self._bytes_of]
@@ -221,23 +235,30 @@ class Suffix:
 
     def __init__(self, experiment: Experiment, tensor: str, kind: str) -> None:
         """Cut the experiment's copy at `tensor`; `kind` is `affine` or `span`."""
+        what = str(experiment.model.path)
+        one = experiment.tensors([tensor], _first(experiment.probe, 1))[0]
+        cut = surgery.cut(experiment.copy, tensor, experiment.logits, one.shape[1:], kind, what)
         self._experiment = experiment
-        self._kind = kind
-        self._cut: surgery.Cut | None = None
-        self._session: Session | None = None
+        self._boundary = cut.boundary
+        self._session = Session(cut.suffix, experiment.device, what=what)
+        self._rows = experiment.rows_of(cut.suffix)
+        self._sample_bytes = one.nbytes * (1 + len(cut.boundary))
         self.tensor = tensor
 
     def cache(self, inputs: Inputs) -> Activations:
-        """Run the prefix once and return what the suffix needs of it."""
-        experiment = self._experiment
-        what = str(experiment.model.path)
-        if self._cut is None:
-            shape = experiment.tensors([self.tensor], _first(inputs, 1))[0].shape[1:]
-            self._cut = surgery.cut(experiment.copy, self.tensor, experiment.logits, shape, self._kind, what)
-            self._session = Session(self._cut.suffix, experiment.device, what=what)
-            self._rows = experiment._rows(self._cut.suffix)
-        base, *boundary = experiment.tensors([self.tensor, *self._cut.boundary], inputs)
-        return Activations(base, dict(zip(self._cut.boundary, boundary, strict=True)))
+        """Run the part in front of the cut once and return what the suffix needs of it.
+
+        Raises:
+            ModelError: that takes more than its share of the memory.
+        """
+        samples = len(next(iter(inputs.values())))
+        if samples * self._sample_bytes > _CACHED * self._experiment.memory:
+            raise ModelError(
+                f"{self._experiment.model.path}: the activations of {samples} samples at {self.tensor!r} take about "
+                f"{samples * self._sample_bytes >> 20} MiB; allow four times as much with --memory, or give less data"
+            )
+        base, *boundary = self._experiment.tensors([self.tensor, *self._boundary], inputs)
+        return Activations(base, dict(zip(self._boundary, boundary, strict=True)))
 
     def affine(self, at: Activations, keep: Array, reference: Array) -> Array:
         """Return the scores [P, N, classes] under ``h * keep + reference * (1 - keep)``.
@@ -279,7 +300,6 @@ class Suffix:
         return self._run(at, len(coefficients), feeds)
 
     def _run(self, at: Activations, family_size: int, feeds) -> Array:  # type: ignore[no-untyped-def]
-        assert self._session is not None, "cache() comes first"
         samples = len(at)
         per_run = min(samples, self._rows)
         members = max(1, self._rows // per_run)
@@ -295,6 +315,14 @@ class Suffix:
                 column.append(scores.reshape(*size, *scores.shape[1:]))
             columns.append(np.concatenate(column))
         return np.concatenate(columns, axis=1)
+
+
+def _recent(kept: dict[_Key, _Value], key: _Key, make: Callable[[], _Value]) -> _Value:
+    """Return what is kept under a key, or make it and let go of what was not used for longest."""
+    kept[key] = kept.pop(key) if key in kept else make()
+    if len(kept) > _KEPT:
+        del kept[next(iter(kept))]
+    return kept[key]
 
 
 def _first(inputs: Inputs, rows: int) -> Inputs:

@@ -150,6 +150,7 @@ def judge(
     holdout: Dataset,
     properties: Sequence[Property],
     keep: Keep,
+    rows_per_run: int,
 ) -> Verdict:
     """Compare two files on held-out data.
 
@@ -160,25 +161,23 @@ def judge(
         holdout: clean held-out samples with labels.
         properties: each brings its own held-out bad samples.
         keep: the limits for clean samples.
+        rows_per_run: how many samples fit into memory at once.
 
     Raises:
         ModelError: a model answers NaN or infinity.
     """
     truth = holdout.truth
-    before = _answers(original, output, holdout)
-    after = _answers(repaired, output, holdout)
+    sessions = original, repaired
+
+    def answers(dataset: Dataset) -> tuple[Array, Array]:
+        first, second = (_answers(session, output, dataset, rows_per_run) for session in sessions)
+        return first, second
+
+    before, after = answers(holdout)
     findings = []
     for item in properties:
         bad = item.evidence("holdout").bad
-        findings.append(
-            _finding(
-                item,
-                (_answers(original, output, bad), _answers(repaired, output, bad)),
-                bad,
-                (before, after),
-                holdout,
-            )
-        )
+        findings.append(_finding(item, answers(bad), bad, (before, after), holdout))
     right_before = before.argmax(axis=1) == truth
     right_after = after.argmax(axis=1) == truth
     recalls = []
@@ -237,9 +236,9 @@ def _too_small(total: int, limit: float) -> tuple[str, ...]:
     )
 
 
-def _answers(session: Session, output: str, dataset: Dataset) -> Array:
+def _answers(session: Session, output: str, dataset: Dataset, rows_per_run: int) -> Array:
     feeds = {name: dataset.inputs[name] for name, _, _ in session.inputs}
-    scores = session.run_rows(feeds, [output])[0]
+    scores = session.run_rows(feeds, [output], rows_per_run=rows_per_run)[0]
     if not np.isfinite(scores).all():
         bad = int((~np.isfinite(scores).all(axis=1)).sum())
         raise ModelError(f"{session.name}: answers NaN or infinity for {bad} of {len(scores)} samples")

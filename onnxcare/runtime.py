@@ -6,7 +6,9 @@ CUDA falls back to the CPU without a word where the driver is missing.
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -34,7 +36,9 @@ _PROVIDERS: dict[str, list[Any]] = {
 }
 
 # Activations of a batch should stay near the caches; larger batches only add memory traffic.
-_ROWS_PER_RUN = 1024
+_BYTES_PER_RUN = 32 << 20
+# Runs whose rows are of unknown size.
+_ROWS_PER_RUN = 256
 
 
 def resolve_device(wanted: str) -> Device:
@@ -78,6 +82,20 @@ def _cuda_works() -> bool:
     return "CUDAExecutionProvider" in session.get_providers()
 
 
+@contextlib.contextmanager
+def few_blas_threads() -> Iterator[None]:
+    """Leave most cores to onnxruntime: linear algebra gets a quarter of them, one at least.
+
+    With all of them its threads wait for each other more than they compute: on two cores a repair took 1.6 times as
+    long on an idle machine, and three times as long beside one other busy process.
+    """
+    import scipy.linalg  # noqa: F401  only libraries that are loaded already can be limited
+    import threadpoolctl
+
+    with threadpoolctl.threadpool_limits(max(1, (os.cpu_count() or 1) // 4), user_api="blas"):
+        yield
+
+
 def free_memory() -> int:
     """Return the bytes of memory that can be used without swapping."""
     import psutil
@@ -107,6 +125,10 @@ def _options(threads: int | None, optimise: bool) -> ort.SessionOptions:
     options = ort.SessionOptions()
     options.log_severity_level = 4
     options.use_deterministic_compute = True
+    # An arena would keep the memory of a session's largest run for as long as the session lives.
+    options.enable_cpu_mem_arena = False
+    # Threads that spin while they wait take the cores from everything else, linear algebra first of all.
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     if threads is not None:
         options.intra_op_num_threads = threads
     if not optimise:
@@ -161,28 +183,15 @@ class Session:
             raise ModelError(f"{name}: onnxruntime fell back to the CPU; use --device cpu")
         self.name = name
 
-    def put(self, array: Array) -> Any:
-        """Place an array on the device once, so that later runs need not copy it (no copy on the CPU)."""
-        import onnxruntime as ort
-
-        if self.device == "cpu":
-            return np.ascontiguousarray(array)
-        return ort.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(array), "cuda", 0)
-
-    def run(self, feeds: Mapping[str, Any], outputs: Sequence[str] | None = None) -> list[Array]:
-        """Run once. Feeds are numpy arrays, or what `put` returned.
+    def run(self, feeds: Mapping[str, Array], outputs: Sequence[str] | None = None) -> list[Array]:
+        """Run once.
 
         Raises:
             ModelError: onnxruntime failed while running.
         """
-        import onnxruntime as ort
-
         names = list(outputs) if outputs is not None else [name for name, _, _ in self.outputs]
         try:
-            if self.device == "cpu":
-                return self._session.run(names, dict(feeds))
-            values = {k: v if isinstance(v, ort.OrtValue) else self.put(v) for k, v in feeds.items()}
-            return [v.numpy() for v in self._session.run_with_ort_values(names, values)]
+            return self._session.run(names, dict(feeds))
         except Exception as error:
             raise ModelError(f"{self.name}: {_run_failure(str(error))}") from error
 
@@ -201,14 +210,14 @@ class Session:
         fixed = {shape[0] for name, _, shape in self.inputs if shape and isinstance(shape[0], int)}
         if len(fixed) > 1:
             raise ModelError(f"{self.name}: its inputs have different batch sizes {sorted(fixed)}")
+        exact = bool(fixed)
         step = fixed.pop() if fixed else rows_per_run
-        exact = step if step != rows_per_run or not feeds else None
         total = len(next(iter(feeds.values())))
         parts: list[list[Array]] = []
         for rows in batches(total, step):
             part = {name: values[rows] for name, values in feeds.items()}
             short = step - (rows.stop - rows.start)
-            if exact is not None and short:
+            if exact and short:
                 part = {k: np.concatenate([v, np.repeat(v[-1:], short, 0)]) for k, v in part.items()}
             parts.append([out[: rows.stop - rows.start] for out in self.run(part, outputs)])
         if not parts:
@@ -236,7 +245,7 @@ class Budget:
 
     def rows(self) -> int:
         """Return how many rows may run at once: at least one, and no more than the caches like."""
-        return int(max(1, min(_ROWS_PER_RUN, self.memory // max(1, self.row))))
+        return max(1, min(_BYTES_PER_RUN, self.memory) // max(1, self.row))
 
 
 def _load_failure(text: str) -> str:

@@ -36,7 +36,7 @@ def test_nothing_counted_says_nothing():
 def sample_verdict(path: Path) -> Verdict:
     case = sample_case()
     sessions = Session(SQUARE / "model.onnx"), Session(path)
-    return judge(*sessions, "logits", case.splits.holdout, case.properties, KEEP)
+    return judge(*sessions, "logits", case.splits.holdout, case.properties, KEEP, 256)
 
 
 @pytest.fixture(scope="module")
@@ -119,7 +119,7 @@ def test_a_held_out_part_too_small_for_its_threshold_says_so():
     session = Session(SQUARE / "model.onnx")
     few = case.splits.holdout.take(slice(0, 100))
     (item,) = case.properties
-    (finding,) = judge(session, session, "logits", few, case.properties, KEEP).properties
+    (finding,) = judge(session, session, "logits", few, case.properties, KEEP, 256).properties
     assert not any("cannot tell" in note for note in finding.notes)  # 1,000 triggered samples are enough
     item = sample_case().properties[0]
     stub = type("Few", (), {})()
@@ -128,7 +128,7 @@ def test_a_held_out_part_too_small_for_its_threshold_says_so():
     stub.max_rate = 0.005
     bad = item.evidence("holdout").bad.take(slice(0, 100))
     stub.evidence = lambda part: type(item.evidence("holdout"))(bad, None)
-    (finding,) = judge(session, session, "logits", few, [stub], KEEP).properties
+    (finding,) = judge(session, session, "logits", few, [stub], KEEP, 256).properties
     (note,) = [note for note in finding.notes if "cannot tell" in note]
     needed = int(note.split(";")[1].split()[0])
     assert clopper_pearson(0, needed)[1] <= 0.005 < clopper_pearson(0, needed - 1)[1]

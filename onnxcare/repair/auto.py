@@ -68,7 +68,8 @@ class _Bench:
 
     def outcomes(self, panel: Panel, changes: Sequence[Array]) -> list[Outcome]:
         """Return what each change of the layer does on a panel."""
-        together = max(1, _DIRECTION_BYTES // max(1, self._at(panel).base.nbytes))
+        allowed = min(_DIRECTION_BYTES, self._case.experiment.memory // 4)
+        together = max(1, allowed // max(1, self._at(panel).base.nbytes))
         found = []
         for part in batches(len(changes), together):
             directions = self.directions(panel, changes[part])
@@ -90,10 +91,7 @@ def repair(case: Case) -> Repair:
         why = "; ".join(reasons[:3]) or "it has no Gemm, MatMul or Conv with constant weights"
         raise ModelError(f"{case.experiment.model.path}: no layer can be repaired: {why}")
     scan, skipped = _scan(case, layers)
-    found: list[_Found] = []
-    for index, (layer, _) in enumerate(scan[:_REFINED_LAYERS]):
-        case.progress(f"refining {layer.name} ({index + 1} of {min(len(scan), _REFINED_LAYERS)})")
-        found += _refine(case, layer)
+    found = _refine_best(case, [layer for layer, _ in scan], skipped)
     best = min(found, key=lambda item: item.candidate.outcome.cost)
     case.progress(f"searching the directions of {best.layer.name} with CMA-ES")
     searched, evaluations = _search(case, best, [f for f in found if f.layer is best.layer])
@@ -133,9 +131,31 @@ def _scan(case: Case, layers: list[Layer]) -> tuple[list[tuple[Layer, Outcome]],
             continue
         ranked.append((layer, outcome))
     if not ranked:
-        name, reason = next(iter(skipped.items()))
-        raise ModelError(f"{case.experiment.model.path}: no layer could be cut open for a repair; {name}: {reason}")
+        raise _nothing_left(case, skipped)
     return sorted(ranked, key=lambda item: item[1].cost), skipped
+
+
+def _nothing_left(case: Case, skipped: dict[str, str]) -> ModelError:
+    name, reason = next(iter(skipped.items()))
+    return ModelError(f"{case.experiment.model.path}: no layer could be cut open for a repair; {name}: {reason}")
+
+
+def _refine_best(case: Case, layers: list[Layer], skipped: dict[str, str]) -> list[_Found]:
+    """Refine the first layers for which that is possible; add the others to those skipped."""
+    found: list[_Found] = []
+    refined = 0
+    for layer in layers:
+        if refined == _REFINED_LAYERS:
+            break
+        case.progress(f"refining {layer.name}")
+        try:
+            found += _refine(case, layer)
+            refined += 1
+        except (ModelError, np.linalg.LinAlgError) as error:
+            skipped[layer.name] = str(error)
+    if not found:
+        raise _nothing_left(case, skipped)
+    return found
 
 
 def _refine(case: Case, layer: Layer) -> list[_Found]:

@@ -124,13 +124,11 @@ def fold(case: Case, site: Site, factors: Array) -> dict[Parameter, Array]:
     changed = {}
     for layer in site.readers:
         units = _units_read(case.experiment, site, layer.input, case.panel("search").inputs)
-        if layer.convolution:
-            channels = units.reshape(units.shape[0], -1)
-            if (channels != channels[:, :1]).any():
-                raise ModelError(f"layer {layer.name}: its input channels mix units of {site.tensor!r}")
-            units = channels[:, 0]
-        weight = case.read(layer.weight)
-        changed[layer.weight] = layer.scale_inputs(factors[units.reshape(-1)], weight)
+        # One row for every place at which the layer reads all its inputs: positions of a map, tokens.
+        places = units.reshape(layer.inputs, -1).T if layer.convolution else units.reshape(-1, layer.inputs)
+        if (places != places[0]).any():
+            raise ModelError(f"layer {layer.name}: its inputs mix units of {site.tensor!r}, so nothing can be folded")
+        changed[layer.weight] = layer.scale_inputs(factors[places[0]], case.read(layer.weight))
     return changed
 
 

@@ -30,8 +30,8 @@ from onnxcare.runtime import batches
 
 Array = np.ndarray
 
-# Rows of a matrix product are made in pieces of about this many bytes.
-_PIECE = 64 << 20
+# Rows of a matrix product are made in pieces of about this many bytes; in float64 they take twice as many.
+_PIECE = 32 << 20
 
 
 @dataclass(frozen=True)
@@ -148,7 +148,7 @@ def _input_pieces(experiment: Experiment, layer: Layer, inputs: Inputs) -> Itera
     total = len(next(iter(inputs.values())))
     one = {name: values[:1] for name, values in inputs.items()}
     per_sample = layer.rows(experiment.tensors([layer.input], one)[0]).nbytes
-    step = max(1, _PIECE // max(1, per_sample))
+    step = max(1, min(_PIECE, experiment.memory // 8) // max(1, per_sample))
     everything = experiment.tensors([layer.input], inputs)[0]
     for rows in batches(total, step):
         yield everything[rows]

@@ -72,3 +72,14 @@ def test_same_seed_same_bytes():
     again = auto.repair(sample_case.__wrapped__())
     first, second = (Patch(found.values).apply(case.experiment.model) for found in (repaired(), again))
     assert first == second
+
+
+def test_layers_that_do_not_fit_into_the_memory_are_skipped_with_a_reason():
+    case = sample_case.__wrapped__()
+    # The largest activations and the largest system of equations do not fit, the others do.
+    case.experiment.memory = 48 << 20
+    found = auto.repair(case)
+    skipped = found.details["skipped"]
+    assert set(skipped) == {"/conv1/Conv", "/conv2/Conv", "/dense1/Gemm"}
+    assert all("--memory" in reason for reason in skipped.values())
+    assert found.details["layer"] == "/dense2/Gemm"
