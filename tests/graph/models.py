@@ -69,15 +69,26 @@ def exposing(proto: onnx.ModelProto, *tensors: str) -> onnx.ModelProto:
     return copy
 
 
-def run(model: onnx.ModelProto | bytes | Path, feeds: Mapping[str, Array], *tensors: str) -> list[Array]:
-    """Run a model in a plain onnxruntime session, all rows at once, and return outputs or inner tensors."""
+def _session(model: onnx.ModelProto | bytes | Path, tensors: tuple[str, ...]) -> ort.InferenceSession:
     if isinstance(model, onnx.ModelProto):
         model = (exposing(model, *tensors) if tensors else model).SerializeToString()
     options = ort.SessionOptions()
     options.log_severity_level = 4
     options.intra_op_num_threads = 1
     source = str(model) if isinstance(model, Path) else model
-    return ort.InferenceSession(source, options, ["CPUExecutionProvider"]).run(None, dict(feeds))
+    return ort.InferenceSession(source, options, ["CPUExecutionProvider"])
+
+
+def run(model: onnx.ModelProto | bytes | Path, feeds: Mapping[str, Array], *tensors: str) -> list[Array]:
+    """Run a model in a plain onnxruntime session, all rows at once, and return outputs or inner tensors."""
+    return _session(model, tensors).run(None, dict(feeds))
+
+
+def run_single(model: onnx.ModelProto, feeds: Mapping[str, Array], *tensors: str) -> list[Array]:
+    """Run row by row, so that a batch fixed at one is no hindrance."""
+    session = _session(model, tensors)
+    rows = [{k: v[i : i + 1] for k, v in feeds.items()} for i in range(len(next(iter(feeds.values()))))]
+    return [np.concatenate(parts) for parts in zip(*(session.run(None, row) for row in rows), strict=True)]
 
 
 def with_tensor_fed(proto: onnx.ModelProto, tensor: str) -> onnx.ModelProto:

@@ -100,6 +100,9 @@ FORMS: dict[str, Form] = {
         (6,),
         bias=None,
     ),
+    "matmul behind two Transposes": Form(
+        "t = Transpose (W) u = Transpose (t) [layer] y = MatMul (x, u)", {"W": random(6, 4)}, (6,), bias=None
+    ),
     # Something is added that cannot be patched as a bias of one value an output.
     "matmul add scalar": Form(
         f"{MATMUL} (p, c)", {"W": random(6, 4), "c": np.float32([2])}, (6,), output="p", bias=None
@@ -240,7 +243,10 @@ def test_scaled_inputs_of_the_weight_are_a_scaled_input(form: Form, tmp_path: Pa
 def convolutions(draw: st.DrawFn) -> Form:
     dims = draw(st.integers(1, 3))
     groups = draw(st.integers(1, 3))
-    each = lambda low, high: [draw(st.integers(low, high)) for _ in range(dims)]  # noqa: E731
+
+    def each(low: int, high: int) -> list[int]:
+        return [draw(st.integers(low, high)) for _ in range(dims)]
+
     kernel, strides, dilations, size = each(1, 3), each(1, 3), each(1, 2), each(3, 6)
     auto_pad = draw(st.sampled_from(["NOTSET", "VALID", "SAME_UPPER", "SAME_LOWER"]))
     options = [f"strides = {strides}", f"group = {groups}", f'auto_pad = "{auto_pad}"']
@@ -376,6 +382,8 @@ def test_a_shared_bias_is_left_alone(tmp_path: Path) -> None:
         ("t = Transpose (W) p = MatMul (x, t) y = Add (p, t)", {"W": random(6, 6)}),
         ("t = Mul (W, W) y = MatMul (x, t)", {"W": random(6, 6)}),
         ("y = Gemm (x, t)", {"W": random(6, 6)}),
+        ("y = Gemm (x, W)", {"W": random(2, 6, 6)}),
+        ("n = Neg (b) y = MatMul (n, W)", {"b": random(1, 6), "W": random(6, 6)}),
     ],
 )
 def test_products_without_a_weight_of_their_own_are_no_layers(nodes: str, weights: Weights) -> None:

@@ -201,7 +201,8 @@ def in_constant_node(folder: Path) -> Model:
     return save(proto, folder)
 
 
-def in_branch(folder: Path) -> Model:
+def branching() -> tuple[onnx.ModelProto, onnx.GraphProto]:
+    """A model with a branch that reads V, which is yet to be made."""
     proto = build(
         """g (float[N, 6] x, bool c) => (float[N, 4] y) {
             y = If (c) <
@@ -211,13 +212,24 @@ def in_branch(folder: Path) -> Model:
         }""",
         {"W": W},
     )
-    branch = next(item.g for item in proto.graph.node[0].attribute if item.name == "then_branch")
+    return proto, next(item.g for item in proto.graph.node[0].attribute if item.name == "then_branch")
+
+
+def in_branch(folder: Path) -> Model:
+    proto, branch = branching()
     branch.initializer.append(numpy_helper.from_array(W, "V"))
     externalise(branch.initializer[0], folder, "inner.bin")
     return save(proto, folder)
 
 
-@pytest.mark.parametrize("make", [in_constant_node, in_branch])
+def in_constant_node_of_a_branch(folder: Path) -> Model:
+    proto, branch = branching()
+    branch.node.insert(0, helper.make_node("Constant", [], ["V"], value=numpy_helper.from_array(W)))
+    externalise(branch.node[0].attribute[0].t, folder, "inner.bin")
+    return save(proto, folder)
+
+
+@pytest.mark.parametrize("make", [in_constant_node, in_branch, in_constant_node_of_a_branch])
 def test_external_data_inside_nodes_counts_as_well(make: Callable[[Path], Model], tmp_path: Path) -> None:
     model = make(tmp_path)
     assert model.external_files() == (tmp_path / "inner.bin",)

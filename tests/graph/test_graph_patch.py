@@ -9,7 +9,7 @@ import numpy as np
 import onnx
 import pytest
 from graph.models import Array, build, layer_of, random, run, save
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from onnx import TensorProto
 
@@ -165,6 +165,7 @@ def test_a_second_repair_replaces_only_our_own_metadata(tmp_path: Path) -> None:
     assert with_metadata(second, {}) == model.data
 
 
+@settings(deadline=None, derandomize=True)
 @given(
     st.dictionaries(st.text(max_size=5), st.text(max_size=200), max_size=4),
     st.dictionaries(st.text(max_size=5), st.text(max_size=200), max_size=4),
@@ -235,6 +236,16 @@ def test_publishing_replaces_the_file_with_the_final_bytes(tmp_path: Path) -> No
         publish(model, path, final, out)
     assert out.read_bytes() == final
     assert listing(tmp_path) == ["model.onnx", "out.onnx"]
+
+
+def test_who_has_the_old_file_open_keeps_it_whole(tmp_path: Path) -> None:
+    model = save(simple(), tmp_path)
+    out, opened = tmp_path / "out.onnx", tmp_path / "opened.onnx"
+    out.write_bytes(b"as it was")
+    opened.hardlink_to(out)
+    write(model, model.data, out)
+    assert opened.read_bytes() == b"as it was"
+    assert out.read_bytes() == model.data
 
 
 @pytest.mark.parametrize("location", ["weights.bin", "below/weights.bin"])

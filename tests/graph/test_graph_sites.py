@@ -115,6 +115,7 @@ def test_units_of_a_dense_layer_are_followed(middle: str, weights: dict[str, Arr
         ("h = Softmax (z)", {}, 8),
         ("h = LayerNormalization (z, scale)", {"scale": random(8)}, 8),
         ("h = CumSum (z, axis)", {"axis": np.int64(1)}, 8),
+        ("s = Softmax (z) h = Add (z, s)", {}, 8),
         ("h = Concat <axis = 1> (z, z)", {}, 16),
         ("h = Concat <axis = 1> (z, x)", {}, 14),
         ("h = Concat <axis = -1> (z, x)", {}, 14),
@@ -131,8 +132,7 @@ def test_where_units_are_lost_the_readers_inputs_are_the_units(
 ) -> None:
     sites = sites_of(dense(middle, weights=weights, width=width))
     site = sites[-1]
-    # Some joins keep their units; whatever is found has to have as many as the reader reads.
-    assert (site.units, site.kind, site.refusal) == (width, "neuron", None)
+    assert (site.units, site.kind, site.writers, site.refusal) == (width, "neuron", (), None)
     assert [reader.name for reader in site.readers] == ["two"]
     proto = dense(middle, weights=weights, width=width)
     h = run(proto, {"x": random(3, 6)}, site.tensor)[0]
@@ -243,10 +243,14 @@ def test_axes_of_a_reduction_may_be_a_constant() -> None:
         "t = Transpose <perm = [0, 2, 3, 1]> (c) p = MaxPool <kernel_shape = [1, 4]> (t) "
         "s = Concat <axis = 3> (p, p, p, p) h = Transpose <perm = [0, 3, 1, 2]> (s)",
         "h = Pad (c, pads)",
+        "h = ReduceMean <axes = [0]> (c)",
+        "h = ReduceMean <axes = [-1]> (c)",
+        "h = ReduceMean (c, order)",
     ],
 )
 def test_where_channels_are_lost_the_readers_inputs_are_the_units(middle: str) -> None:
-    proto = maps(middle, "[two] q = Conv (h, W2)", {"W2": random(3, 4, 1, 1), "pads": np.int64([0, 0, 1, 1] * 2)})
+    weights = {"W2": random(3, 4, 1, 1), "pads": np.int64([0, 0, 1, 1] * 2)}
+    proto = maps(middle, "[two] q = Conv (h, W2)", weights)
     assert found(proto) == [channels("h", 4, "", "two")]
 
 

@@ -154,14 +154,19 @@ def test_scores_that_do_not_depend_on_the_cut_are_an_error() -> None:
 def test_upstream_follows_branches() -> None:
     proto = build(
         """g (float[N, 6] x, bool c) => (float[N, 6] y) {
-            a = Relu (x) b = Neg (x) o = Abs (b)
+            a = Relu (x) b = Neg (x) d = Exp (x) o = Abs (b)
             y = If (c) <
                 then_branch = then () => (float[N, 6] t) { t = Neg (a) },
-                else_branch = else () => (float[N, 6] e) { e = Identity (b) }
+                else_branch = else () => (float[N, 6] e) {
+                    e = If (c) <
+                        then_branch = inner () => (float[N, 6] i) { i = Identity (b) },
+                        else_branch = other () => (float[N, 6] j) { j = Identity (d) }
+                    >
+                }
             >
         }"""
     )
-    assert surgery.upstream(surgery.import_graph(proto, WHAT), "y") == {"y", "c", "a", "b", "x"}
+    assert surgery.upstream(surgery.import_graph(proto, WHAT), "y") == {"y", "c", "a", "b", "d", "x"}
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,8 @@ from onnxcare.graph import wire
 
 GRAPH, INITIALIZER, NODE, METADATA = 7, 5, 1, 14
 
+repeatable = settings(deadline=None, derandomize=True)
+
 # A message is a list of (field number, value): int for a varint, bytes for text, ("fixed", bytes) for a number of
 # 4 or 8 bytes, a list for a message inside.
 
@@ -83,6 +85,7 @@ messages = st.recursive(
 )
 
 
+@repeatable
 @given(messages, st.data())
 def test_splice_replaces_what_is_named_and_nothing_else(message: list, data: st.DataObject) -> None:
     paths = paths_of(message)
@@ -93,12 +96,14 @@ def test_splice_replaces_what_is_named_and_nothing_else(message: list, data: st.
     assert wire.splice(encode(message), edits) == encode(replaced(message, edits))
 
 
+@repeatable
 @given(messages, st.integers(0, 3))
 def test_a_splice_of_nothing_is_the_same_bytes(message: list, padding: int) -> None:
     data = encode(message, padding)
     assert wire.splice(data, {}) == data
 
 
+@repeatable
 @given(messages, st.integers(0, 3), st.data())
 def test_writing_the_old_content_back_gives_the_same_bytes(message: list, padding: int, data: st.DataObject) -> None:
     paths = [path for path in paths_of(message) if len(path) == 1]
@@ -116,6 +121,7 @@ def content_at(data: bytes, path: wire.Path) -> bytes:
     return data
 
 
+@repeatable
 @given(st.integers(0, 2**64 - 1), st.integers(0, 3))
 def test_varints_read_back(value: int, padding: int) -> None:
     assert wire.write_varint(value) == varint(value)
@@ -123,6 +129,7 @@ def test_varints_read_back(value: int, padding: int) -> None:
     assert wire.read_varint(b"\xff" + padded + b"\x01", 1) == (value, 1 + len(padded))
 
 
+@repeatable
 @given(messages)
 def test_fields_cover_the_message_without_gaps(message: list) -> None:
     data = encode(message)
@@ -246,6 +253,7 @@ def test_wire_types_onnx_never_uses_are_an_error(kind: int) -> None:
 entries = st.lists(st.tuples(st.sampled_from([1, 2, METADATA]), st.binary(max_size=20)), max_size=8)
 
 
+@repeatable
 @given(entries, st.lists(st.binary(max_size=20), max_size=3), st.sets(st.integers(0, 7)))
 def test_entries_are_dropped_and_added_by_content(message: list, added: list[bytes], dropped_at: set[int]) -> None:
     dropped = {content for index, (_, content) in enumerate(message) if index in dropped_at}
@@ -259,7 +267,7 @@ def test_an_entry_of_another_wire_type_is_left_alone() -> None:
     assert wire.replace_entries(data, METADATA, lambda content: True, []) == encode([(METADATA, 3)])
 
 
-@settings(max_examples=30)
+@repeatable
 @given(st.dictionaries(st.text(min_size=1, max_size=5), st.text(max_size=200), max_size=5))
 def test_metadata_reads_back_through_protobuf(metadata: dict[str, str]) -> None:
     added = [onnx.StringStringEntryProto(key=k, value=v).SerializeToString() for k, v in metadata.items()]

@@ -1,0 +1,237 @@
+"""Samples on axis 0: batches fixed in the file, rows that mix, and tensors that hold something else there."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+from graph.models import SUBJECTS, Array, Subject, build, random, run, save
+from graph.operating import PLENTY, SIZE, W1, W2, W3, assert_close, assert_cuts, dense_subject, operate, original
+from onnx import helper
+
+from onnxcare.errors import ModelError
+from onnxcare.experiment import Experiment
+from onnxcare.graph.model import load_model
+from onnxcare.runtime import Session
+
+# -- samples that do not lie on axis 0 -----------------------------------------------------------
+
+
+def test_tokens_merged_into_the_batch_are_refused_by_name(tmp_path: Path) -> None:
+    # How tf2onnx writes a dense layer over tokens.
+    proto = build(
+        """g (float[N, 3, 6] x) => (float[N, 4] y)
+        <int64[2] merged = {-1, 6}, int64[3] apart = {-1, 3, 8}, int64[1] one = {1}> {
+            [first] f = MatMul (x, W0)
+            e = Relu (f)
+            m = Reshape (e, merged)
+            [tokens] z = MatMul (m, W1)
+            r = Relu (z)
+            h = Reshape (r, apart)
+            s = ReduceSum <keepdims = 0> (h, one)
+            [last] y = MatMul (s, V)
+        }""",
+        {"W0": random(6, 6), "W1": W1, "V": random(8, 4)},
+    )
+    subject = Subject(proto, "x", (3, 6), "y")
+    experiment = operate(subject, tmp_path)
+    reason = "axis 0 of 'm' does not hold the samples"
+    assert {layer.name: layer.refusal for layer in experiment.layers} == {"first": None, "tokens": reason, "last": None}
+    assert {site.tensor: site.refusal for site in experiment.sites} == {"e": f"layer tokens: {reason}", "s": None}
+    with pytest.raises(ModelError, match="axis 0 of 'z' does not hold the samples"):
+        experiment.suffix("z", "span").cache(subject.samples(3))
+
+
+@pytest.mark.parametrize("tokens", [1, 2, 3])
+def test_tokens_in_front_of_the_samples_are_refused_by_name(tokens: int, tmp_path: Path) -> None:
+    # [tokens, samples, features] is what recurrent networks have; no number of tokens may hide it.
+    proto = build(
+        f"""g (float[N, {tokens}, 6] x) => (float[N, 4] y) <int64[1] zero = {{0}}> {{
+            m = Transpose <perm = [1, 0, 2]> (x)
+            [tokens] z = MatMul (m, W1)
+            r = Relu (z)
+            [again] q = MatMul (r, W2)
+            s = ReduceSum <keepdims = 0> (q, zero)
+            [last] y = MatMul (s, V)
+        }}""",
+        {"W1": W1, "W2": W2, "V": random(6, 4)},
+    )
+    experiment = operate(Subject(proto, "x", (tokens, 6), "y"), tmp_path)
+    assert {layer.name: layer.refusal for layer in experiment.layers} == {
+        "tokens": "axis 0 of 'm' does not hold the samples",
+        "again": "axis 0 of 'r' does not hold the samples",
+        "last": None,
+    }
+    assert [site.tensor for site in experiment.sites] == ["s"]
+
+
+def test_layers_of_another_head_are_set_aside(tmp_path: Path) -> None:
+    subject = dense_subject(
+        """[first] z = Gemm (x, W1) h = Relu (z) [second] y = Gemm (h, W2)
+        [other] a = Gemm (x, W3) r = Relu (a) [last] o = Gemm (r, W4)""",
+        {"W1": W1, "W2": random(8, 4), "W3": W1 * 2, "W4": random(8, 4, seed=1)},
+    )
+    subject.proto.graph.output.append(helper.make_tensor_value_info("o", onnx.TensorProto.FLOAT, ["N", 4]))
+    experiment = operate(subject, tmp_path)
+    assert [site.tensor for site in experiment.sites] == ["h"]
+    unread = "'y' does not depend on it"
+    refusals = {layer.name: layer.refusal for layer in experiment.layers}
+    assert refusals == {"first": None, "second": None, "other": unread, "last": unread}
+
+
+# -- the batch -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("size", [1, 3])
+def test_a_fixed_batch_is_relaxed_in_the_copy_alone(size: int, tmp_path: Path) -> None:
+    proto = build(
+        f"""g (float[{size}, 2, 3] x) => (float[{size}, 4] y)
+        <int64[2] flat = {{{size}, -1}}, int64[2] wide = {{{size}, 8}}> {{
+            f = Reshape (x, flat)
+            z = Gemm (f, W1)
+            r = Relu (z)
+            g = Reshape (r, wide)
+            y = Gemm (g, V)
+        }}""",
+        {"W1": W1, "V": random(8, 4)},
+    )
+    model = save(proto, tmp_path)
+    before = model.path.read_bytes()
+    x = {"x": random(7, 2, 3, seed=3)}
+    experiment = Experiment(model, "cpu", PLENTY, x)
+    assert_close(experiment.scores(x), np.maximum(x["x"].reshape(7, 6) @ W1, 0) @ random(8, 4))
+    suffix = experiment.suffix("r", "affine")
+    at = suffix.cache(x)
+    assert_close(suffix.affine(at, np.ones((4, 1, 1)), np.ones((1, 1, 1))), np.stack([experiment.scores(x)] * 4))
+    assert model.path.read_bytes() == before == model.data
+    assert model.proto == onnx.ModelProto.FromString(before)
+
+
+FIXED = """g (float[1, 6] x) => (float[1, 4] y) {{ z = Gemm (x, W1) h = Relu (z) {nodes} y = Gemm (f, V) }}"""
+
+
+@pytest.mark.parametrize(
+    ("nodes", "weights"),
+    [
+        ("c = Constant <value_ints = [1, -1]> () f = Reshape (h, c)", {}),
+        ("c = Constant <value = int64[2] {1, -1}> () f = Reshape (h, c)", {}),
+        ("f = Reshape <allowzero = 1> (h, c)", {"c": np.int64([1, -1])}),
+        ("f = Reshape (h, c)", {"c": np.int64([-1, 8])}),
+        ("c = Identity (d) f = Reshape (h, c)", {"d": np.int64([1, -1])}),
+        ("b = Reshape (k, c) f = Add (h, b)", {"k": random(8), "c": np.int64([1, 8])}),
+        ("b = Reshape (k, c) a = Add (h, b) f = Reshape (a, c)", {"k": random(8), "c": np.int64([1, -1])}),
+        ("f = Add (h, b)", {"b": random(1, 8)}),
+    ],
+)
+def test_reshapes_with_the_batch_in_their_target(nodes: str, weights: dict[str, Array], tmp_path: Path) -> None:
+    proto = build(FIXED.format(nodes=nodes), {"W1": W1, "V": random(8, 4)} | weights)
+    assert_cuts(Subject(proto, "x", (6,), "y"), tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("nodes", "weights"),
+    [
+        ("m = ReduceMax <keepdims = 1> (h) f = Sub (h, m)", {}),
+        ("r = Reshape (h, c) f = Unsqueeze (r, first)", {"c": np.int64([8]), "first": np.int64([0])}),
+        ("t = Squeeze (h, c) f = Unsqueeze (t, c)", {"c": np.int64([0])}),
+        ("s = Softmax <axis = 0> (h) f = Add (s, h)", {}),
+        ("t = Transpose (h) m = MatMul (h, t) f = Mul (h, m)", {}),
+    ],
+)
+def test_rows_that_mix_cannot_be_relaxed(nodes: str, weights: dict[str, Array], tmp_path: Path) -> None:
+    proto = build(FIXED.format(nodes=nodes), {"W1": W1, "V": random(8, 4)} | weights)
+    with pytest.raises(ModelError, match=r"model\.onnx: .*batch"):
+        operate(Subject(proto, "x", (6,), "y"), tmp_path)
+
+
+def test_a_computed_target_that_fits_by_chance_is_refused(tmp_path: Path) -> None:
+    # With as many rows as the file fixes, the target [3, -1] would look as if it were free.
+    proto = build(
+        """g (float[3, 6] x) => (float[3, 4] y) {
+            z = Gemm (x, W1)
+            target = Concat <axis = 0> (three, rest)
+            h = Reshape (z, target)
+            y = Gemm (h, V)
+        }""",
+        {"W1": W1, "V": random(8, 4), "three": np.int64([3]), "rest": np.int64([-1])},
+    )
+    with pytest.raises(ModelError, match=r"model\.onnx: its batch size is fixed in a way that cannot be relaxed"):
+        operate(Subject(proto, "x", (6,), "y"), tmp_path)
+
+
+@pytest.mark.parametrize("size", [1, 3])
+@pytest.mark.parametrize("rows", [1, 3, 7])
+@pytest.mark.parametrize("per_run", [1, 2, 3, 1024])
+def test_rows_of_a_fixed_batch_are_padded(size: int, rows: int, per_run: int, tmp_path: Path) -> None:
+    proto = build(f"g (float[{size}, 6] x) => (float[{size}, 4] y) {{ y = Gemm (x, W) }}", {"W": W3})
+    path = tmp_path / "model.onnx"
+    path.write_bytes(proto.SerializeToString())
+    x = random(rows, 6, seed=3)
+    (found,) = Session(path).run_rows({"x": x}, rows_per_run=per_run)
+    assert_close(found, x @ W3)
+
+
+def test_rows_that_mix_unless_they_are_as_many_as_the_file_fixes_are_refused(tmp_path: Path) -> None:
+    proto = build(
+        """g (float[3, 6] x) => (float[3, 4] y) <int64[2] apart = {-1, 24}> {
+            z = Gemm (x, W1)
+            target = Concat <axis = 0> (three, rest)
+            h = Reshape (z, target)
+            s = Softmax <axis = 1> (h)
+            b = Reshape (s, apart)
+            y = Gemm (b, V)
+        }""",
+        {"W1": random(6, 24), "V": random(24, 4), "three": np.int64([3]), "rest": np.int64([-1])},
+    )
+    with pytest.raises(ModelError, match="do not answer as single rows do"):
+        operate(Subject(proto, "x", (6,), "y"), tmp_path)
+
+
+def test_rows_that_mix_in_a_free_batch_are_refused_as_well(tmp_path: Path) -> None:
+    subject = dense_subject(
+        "z = Gemm (x, W1) m = ReduceMax <keepdims = 1> (z) f = Sub (z, m) y = Gemm (f, V)",
+        {"W1": W1, "V": random(8, 4)},
+    )
+    with pytest.raises(ModelError, match=r"model\.onnx: several rows in one run do not answer as single rows do"):
+        operate(subject, tmp_path)
+
+
+def test_a_free_batch_is_not_blamed_for_what_else_fails(tmp_path: Path) -> None:
+    # onnxruntime takes an empty list, onnx-graphsurgeon cannot write one.
+    subject = dense_subject(
+        "z = Gemm (x, W1) t = Concat <axis = 0> (none, wide) h = Reshape (z, t) y = Gemm (h, V)",
+        {"W1": W1, "V": random(8, 4), "wide": np.int64([-1, 8])},
+    )
+    node = helper.make_node("Constant", [], ["none"])
+    node.attribute.add(name="value_ints", type=onnx.AttributeProto.INTS)
+    subject.proto.graph.node.insert(0, node)
+    with pytest.raises(ModelError, match=r"^[^:]*model\.onnx: the graph cannot be taken apart: .*value_ints"):
+        operate(subject, tmp_path)
+
+
+@pytest.mark.parametrize("rows", [1, 2, 3])
+def test_few_probe_rows_are_enough(rows: int, tmp_path: Path) -> None:
+    subject = SUBJECTS["acas"]()
+    experiment = Experiment(save(subject.proto, tmp_path), "cpu", PLENTY, subject.samples(rows))
+    assert_close(experiment.scores(subject.samples(4)), original(subject, subject.samples(4), "costs")[0])
+
+
+def test_an_old_operator_set_is_refused(tmp_path: Path) -> None:
+    subject = dense_subject("y = MatMul (x, W3)", {"W3": W3}, opset=7)
+    with pytest.raises(ModelError, match="opset 7; experiments need opset 8"):
+        operate(subject, tmp_path)
+
+
+def test_external_data_is_taken_inside(tmp_path: Path) -> None:
+    subject = SUBJECTS["mlp"]()
+    x = subject.samples(SIZE)
+    expected = run(subject.proto, x)[0]
+    path = tmp_path / "model.onnx"
+    onnx.save(subject.proto, path, save_as_external_data=True, location="weights.bin", size_threshold=0)
+    experiment = Experiment(load_model(path), "cpu", PLENTY, x)
+    assert len(experiment.model.external_files()) == 1
+    assert_close(experiment.scores(x), expected)
+    suffix = experiment.suffix("h1", "affine")
+    assert_close(suffix.affine(suffix.cache(x), np.ones((2, 1, 1)), np.ones((1, 1, 1)))[1], expected)
