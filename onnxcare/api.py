@@ -73,7 +73,10 @@ def locate(
     values: int = 8,
     progress: Progress = _silent,
 ) -> Location:
-    """Rank hidden units by their average causal effect on the misbehaviour.
+    """Rank hidden units by their causal effect on the misbehaviour.
+
+    Two rankings compete, average causal effects and interchange effects; the units come in the one whose top units
+    did most when they were intervened on.
 
     Args:
         model: path of the ONNX file.
@@ -94,21 +97,24 @@ def locate(
         raise ModelError(f"{model}: it has no hidden layer in front of a Gemm, MatMul or Conv")
     attributions = attribute_sites(case, case.experiment.sites, samples, values)
     selections = select_units(case, attributions)
+    # One ranking for all sites, so that its scores can be compared: the one that served best at the best site.
+    locator = selections[0].locator if selections else attributions[0].locator
+    by_site = {item.site.tensor: item for item in attributions if item.locator == locator}
     units = [
         UnitScore(item.site.tensor, int(unit), float(item.scores[unit]))
-        for item in attributions
+        for item in by_site.values()
         for unit in item.ranking()
     ]
-    by_site = {item.site.tensor: item for item in attributions}
     return Location(
         run=setup.run,
-        method="average causal effect",
+        method=locator,
         units=sorted(units, key=lambda unit: -unit.score),
         sites=[
             SiteScore(
                 site=item.site.tensor,
                 units=item.site.units,
                 dead=int(by_site[item.site.tensor].dead.sum()),
+                locator=item.locator,
                 chosen=[int(unit) for unit in item.units],
                 excess=list(item.outcome.excess),
                 accuracy_drop=item.outcome.accuracy_drop,

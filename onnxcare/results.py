@@ -38,7 +38,7 @@ class Run:
 
 @dataclass(frozen=True)
 class UnitScore:
-    """The causal effect of one unit."""
+    """The score of one unit."""
 
     site: str
     unit: int
@@ -53,6 +53,7 @@ class SiteScore:
         site: the tensor.
         units: how many it has.
         dead: how many of them are constant over all samples.
+        locator: the ranking whose top units were best to set.
         chosen: the best set of top units.
         excess: what is left of each property's rate, above the baseline, with those units set.
         accuracy_drop: what that costs in accuracy.
@@ -63,6 +64,7 @@ class SiteScore:
     site: str
     units: int
     dead: int
+    locator: str
     chosen: Sequence[int]
     excess: Sequence[float]
     accuracy_drop: float
@@ -72,7 +74,14 @@ class SiteScore:
 
 @dataclass(frozen=True)
 class Location:
-    """Result of `locate`: every live unit, strongest first, and every site, most promising first."""
+    """Result of `locate`: every live unit, strongest first, and every site, most promising first.
+
+    Attributes:
+        run: what it was made with.
+        method: what the units are ranked by.
+        units: the live units.
+        sites: the sites.
+    """
 
     run: Run
     method: str

@@ -280,10 +280,10 @@ def test_locate(tiny: Paths) -> None:
     assert result.exit_code == 0 and result.stderr == ""
     scores = [unit["score"] for unit in found["units"]]
     assert scores == sorted(scores, reverse=True)
-    # Unit 2 speaks for the target class itself; the three that carry the backdoor come next.
-    assert [(unit["site"], unit["unit"]) for unit in found["units"][:4]] == [
-        ("hidden", unit) for unit in (2, *CARRIERS)
-    ]
+    # Unit 2 speaks for the target class itself and moves the answer most; three others carry the backdoor.
+    assert found["method"] == "interchange effect"
+    assert {(unit["site"], unit["unit"]) for unit in found["units"][:3]} == {("hidden", unit) for unit in CARRIERS}
+    assert found["sites"][0]["locator"] == "interchange effect"
     assert found["sites"][0]["site"] == "hidden" and found["sites"][0]["units"] == 16
     assert set(CARRIERS) <= set(found["sites"][0]["chosen"])
     assert found["run"]["seed"] == 5

@@ -13,7 +13,6 @@ is the probability of the target class and X the clean samples. A unit on a conv
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -21,55 +20,24 @@ import numpy as np
 from onnxcare.data import Dataset
 from onnxcare.experiment import Activations, Experiment, Suffix
 from onnxcare.graph.sites import Site
+from onnxcare.locators.attribution import Array, Attribution, Response, ranges, spread_units
 from onnxcare.runtime import batches
 
-Array = np.ndarray
-Response = Callable[[Array], Array]
-
-# A unit whose range is below this share of the site's largest range does not move: it has no effect.
-_DEAD = 1e-6
 # Scores are averaged as they come: at most so many interventions are held at once.
 _FAMILY = 64
 
 
 @dataclass(frozen=True)
-class Attribution:
-    """A score for every unit of a site, with what it rests on.
+class CausalEffects(Attribution):
+    """Average causal effects; the score of a unit is the span of its effects.
 
     Attributes:
-        site: the site.
-        scores: [units] causal effect; 0 for dead units.
         effects: [units, values] ACE at every value; 0 for dead units.
         values: [units, values] the values each unit was forced to.
-        dead: [units] which units are constant over all samples.
-        samples: how many samples the expectations are over.
     """
 
-    site: Site
-    scores: Array
     effects: Array
     values: Array
-    dead: Array
-    samples: int
-
-    def ranking(self) -> Array:
-        """Return the live units, strongest first; equal scores keep their order."""
-        live = np.flatnonzero(~self.dead)
-        return live[np.argsort(-self.scores[live], kind="stable")]
-
-
-def spread_units(values: Array, site: Site, rank: int) -> Array:
-    """Place [P, units] values on the unit axis of [P, 1, ...] arrays with `rank` axes behind the samples."""
-    axis = site.axis if site.axis > 0 else rank + 1 + site.axis
-    shape = [1] * (rank + 2)
-    shape[0], shape[axis + 1] = values.shape
-    return values.reshape(shape)
-
-
-def unit_range(at: Activations, site: Site) -> tuple[Array, Array]:
-    """Return the smallest and largest activation of every unit, [units] each."""
-    moved = np.moveaxis(at.base, site.axis, 0).reshape(site.units, -1)
-    return moved.min(axis=1), moved.max(axis=1)
 
 
 def average_causal_effects(
@@ -79,7 +47,7 @@ def average_causal_effects(
     bad: Dataset,
     response: Response,
     values: int = 8,
-) -> Attribution:
+) -> CausalEffects:
     """Return the average causal effect of every unit of a site.
 
     Args:
@@ -92,10 +60,8 @@ def average_causal_effects(
     """
     suffix = experiment.suffix(site.tensor, "affine")
     at = suffix.cache(clean.inputs)
-    lows, highs = zip(unit_range(at, site), unit_range(suffix.cache(bad.inputs), site), strict=True)
-    low, high = np.minimum(*lows), np.maximum(*highs)
+    low, high, dead = ranges(site, at, suffix.cache(bad.inputs))
     grid = np.linspace(low, high, values, axis=1)
-    dead = high - low <= _DEAD * max(float((high - low).max()), 1e-30)
     live = np.flatnonzero(~dead)
     expectation = np.zeros((site.units, values))
     units, forced = np.repeat(live, values), grid[live].reshape(-1)
@@ -104,7 +70,7 @@ def average_causal_effects(
         expectation[live] = np.concatenate(means).reshape(len(live), values)
     effects = expectation - expectation.mean(axis=1, keepdims=True)
     scores = effects.max(axis=1) - effects.min(axis=1)
-    return Attribution(site, scores, effects, grid, dead, len(clean))
+    return CausalEffects(site, "average causal effect", scores, dead, len(clean), effects, grid)
 
 
 def _responses(suffix: Suffix, at: Activations, site: Site, units: Array, forced: Array, response: Response) -> Array:

@@ -1,8 +1,8 @@
 """Choosing site, ranking and number of units by the measured effect of an intervention.
 
-A high causal effect says that a unit can move the answer, not that it carries the misbehaviour, and a fixed number of
-units at a fixed layer may do nothing at all. So the top k units of every site are set to their mean over clean samples,
-for k = 1, 2, 5, 10 ..., and what that does to bad and to clean samples decides.
+A high score says little by itself, and a fixed number of units at a fixed layer may do nothing at all. So the top k
+units of every site, by every locator, are set to their mean over clean samples, for k = 1, 2, 5, 10 ..., and what that
+does to bad and to clean samples decides.
 """
 
 from __future__ import annotations
@@ -13,9 +13,10 @@ from typing import Any
 
 import numpy as np
 
-from onnxcare.experiment import Activations
 from onnxcare.graph.sites import Site
-from onnxcare.locators.causal import Attribution, Response, average_causal_effects, spread_units
+from onnxcare.locators.attribution import Attribution, Response, by_unit, spread_units
+from onnxcare.locators.causal import average_causal_effects
+from onnxcare.locators.interchange import interchange_effects
 from onnxcare.properties.base import Property, log_softmax
 from onnxcare.repair.base import Case
 from onnxcare.repair.panel import Outcome, Panel
@@ -32,12 +33,14 @@ class Selection:
 
     Attributes:
         site: the site.
+        locator: what the units are ranked by.
         ranking: the live units that were considered, strongest first.
         size: how many of them were best to set to their clean mean.
         outcome: what setting them to their clean mean does on the search part.
     """
 
     site: Site
+    locator: str
     ranking: Array
     size: int
     outcome: Outcome
@@ -55,6 +58,7 @@ class Selection:
         """Return it for a report."""
         return {
             "site": self.site.tensor,
+            "locator": self.locator,
             "units": [int(unit) for unit in self.units],
             "excess": list(self.outcome.excess),
             "accuracy_drop": self.outcome.accuracy_drop,
@@ -66,23 +70,24 @@ class Selection:
 def attribute_sites(
     case: Case, sites: Sequence[Site], samples: int = _SAMPLES, values: int = _VALUES
 ) -> list[Attribution]:
-    """Return the causal effects at every site, for the property it moves most.
+    """Return the scores of every locator at every site, for the property they move most.
 
     Args:
         case: the model and the evidence.
         sites: where to look.
         samples: at most so many clean and bad samples of the repair part.
-        values: how many values each unit is forced to.
+        values: how many values each unit is forced to for its average causal effect.
     """
     panel = case.panel("repair", samples)
     found = []
     for index, site in enumerate(sites):
         case.progress(f"causal effects at {site.tensor} ({index + 1} of {len(sites)})")
-        parts = [
-            average_causal_effects(case.experiment, site, panel.clean, evidence.bad, _response(item), values)
-            for item, evidence in zip(case.properties, panel.evidence, strict=True)
-        ]
-        found.append(max(parts, key=lambda part: float(part.scores.max())))
+        causal, interchanged = [], []
+        for item, evidence in zip(case.properties, panel.evidence, strict=True):
+            bad, twins = evidence.bad, evidence.twins
+            causal.append(average_causal_effects(case.experiment, site, panel.clean, bad, _response(item), values))
+            interchanged.append(interchange_effects(case.experiment, site, panel.clean, bad, twins, item.margin))
+        found += [max(parts, key=lambda part: float(part.scores.max())) for parts in (causal, interchanged)]
     return found
 
 
@@ -91,37 +96,36 @@ def _response(item: Property) -> Response:
 
 
 def select_units(case: Case, attributions: Sequence[Attribution], most: int | None = None) -> list[Selection]:
-    """Return the best number of top units for every site, the best site first."""
+    """Return the best locator and number of top units for every site, the best site first."""
     panel = case.panel("search")
-    found = []
+    found: dict[str, Selection] = {}
     for attribution in attributions:
         ranking = attribution.ranking()[:most]
         if not len(ranking):
             continue
-        case.progress(f"measuring the top units of {attribution.site.tensor}")
+        site = attribution.site
+        case.progress(f"measuring the top units of {site.tensor}")
         sizes = _sizes(len(ranking))
-        outcomes = ablate(case, panel, attribution.site, [ranking[:k] for k in sizes])
+        outcomes = ablate(case, panel, site, [ranking[:k] for k in sizes])
         best = min(range(len(sizes)), key=lambda index: outcomes[index].cost)
-        found.append(Selection(attribution.site, ranking, sizes[best], outcomes[best]))
-    return sorted(found, key=lambda selection: selection.outcome.cost)
+        selection = Selection(site, attribution.locator, ranking, sizes[best], outcomes[best])
+        rival = found.get(site.tensor)
+        if rival is None or selection.outcome.cost < rival.outcome.cost:
+            found[site.tensor] = selection
+    return sorted(found.values(), key=lambda selection: selection.outcome.cost)
 
 
 def ablate(case: Case, panel: Panel, site: Site, sets: Sequence[Array]) -> list[Outcome]:
     """Return what setting each set of units to their mean over clean samples does on a panel."""
     suffix = case.experiment.suffix(site.tensor, "affine")
     at = suffix.cache(panel.inputs)
-    means = _unit_means(at.take(panel.clean_rows), site)
+    means = by_unit(at.take(panel.clean_rows), site).mean(axis=1)
     keep = np.ones((len(sets), site.units), at.base.dtype)
     for row, units in zip(keep, sets, strict=True):
         row[units] = 0
     rank = at.base.ndim - 1
     scores = suffix.affine(at, spread_units(keep, site, rank), spread_units(means[None], site, rank))
     return panel.outcomes(scores)
-
-
-def _unit_means(at: Activations, site: Site) -> Array:
-    moved = np.moveaxis(at.base, site.axis, 0).reshape(site.units, -1)
-    return moved.mean(axis=1).astype(at.base.dtype)
 
 
 def _sizes(live: int) -> list[int]:

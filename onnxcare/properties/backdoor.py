@@ -56,6 +56,11 @@ class Backdoor(Property):
         """Return the probability of the target."""
         return probabilities[..., self.target]
 
+    def margin(self, scores: Array) -> Array:
+        """Return the score of the target above the highest other one."""
+        others = np.delete(scores, self.target, axis=-1)
+        return scores[..., self.target] - others.max(axis=-1)
+
     def loss(self, log_probs: Array, reference: Array | None) -> Array:
         """Return KL from the original's answer on the twin, or -log(1 - p_target) without twins.
 

@@ -59,6 +59,13 @@ class Property(ABC):
         """Return the quantity whose causal effects are measured, [..., samples, classes] -> [..., samples]."""
 
     @abstractmethod
+    def margin(self, scores: Array) -> Array:
+        """Return how far each answer is on the wrong side, [..., samples, classes] -> [..., samples].
+
+        Positive where a sample misbehaves; unlike a probability it does not saturate.
+        """
+
+    @abstractmethod
     def loss(self, log_probs: Array, reference: Array | None) -> Array:
         """Return the smooth loss of the bad samples, averaged over them.
 

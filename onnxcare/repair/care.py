@@ -18,7 +18,7 @@ from onnxcare.errors import ModelError
 from onnxcare.experiment import Activations, Experiment
 from onnxcare.graph.parameters import Parameter
 from onnxcare.graph.sites import Site
-from onnxcare.locators.causal import spread_units
+from onnxcare.locators.attribution import spread_units
 from onnxcare.locators.select import attribute_sites, select_units
 from onnxcare.repair import cmaes
 from onnxcare.repair.base import Candidate, Case, Repair

@@ -112,7 +112,7 @@ def _conclusion(fix: Fix) -> str:
 def show_location(location: Location, console: Console) -> None:
     """Print the sites by the effect of their top units, and the strongest units."""
     sites = Table(title="Sites, by the effect of setting their top units to the clean mean", title_justify="left")
-    for name in ("site", "units", "dead", "set", "excess left", "accuracy", "worst recall"):
+    for name in ("site", "units", "dead", "set", "by", "excess left", "accuracy", "worst recall"):
         sites.add_column(name, justify="left" if name == "site" else "right", overflow="fold")
     for site in location.sites:
         sites.add_row(
@@ -120,6 +120,7 @@ def show_location(location: Location, console: Console) -> None:
             str(site.units),
             str(site.dead),
             str(len(site.chosen)),
+            site.locator,
             ", ".join(_points(value) for value in site.excess),
             _points(-site.accuracy_drop),
             _points(-site.recall_drop),

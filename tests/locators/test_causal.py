@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import numpy as np
-import onnx
-import onnxruntime as ort
 import pytest
+from by_hand import intervened, unit_mask
 from cases import BLEND, SQUARE, images, sample_case
 
 from onnxcare.graph.sites import Site
@@ -15,31 +14,13 @@ from onnxcare.properties.base import log_softmax
 TARGET = {SQUARE: 1, BLEND: 7}
 
 
-def intervened(path, site: Site) -> ort.InferenceSession:
-    """Return the whole model with a Where in front of everything that reads the site, made by hand."""
-    model = onnx.load(path)
-    for node in model.graph.node:
-        for index, name in enumerate(node.input):
-            if name == site.tensor:
-                node.input[index] = "forced"
-    position = next(i for i, node in enumerate(model.graph.node) if site.tensor in node.output)
-    where = onnx.helper.make_node("Where", ["mask", "value", site.tensor], ["forced"])
-    model.graph.node.insert(position + 1, where)
-    model.graph.input.append(onnx.helper.make_tensor_value_info("mask", onnx.TensorProto.BOOL, None))
-    model.graph.input.append(onnx.helper.make_tensor_value_info("value", onnx.TensorProto.FLOAT, []))
-    return ort.InferenceSession(model.SerializeToString())
-
-
 def plain_loop(path, site: Site, x: np.ndarray, values: np.ndarray, units: list[int], target: int) -> np.ndarray:
     session = intervened(path, site)
     (first, *_) = session.get_inputs()
-    rank = 4 if site.kind == "channel" else 2
     table = np.zeros((len(units), values.shape[1]))
     for row, unit in enumerate(units):
         for column in range(values.shape[1]):
-            mask = np.zeros([site.units if axis == site.axis % rank else 1 for axis in range(rank)], bool)
-            mask.reshape(-1)[unit] = True
-            feeds = {first.name: x, "mask": mask, "value": np.array(values[unit, column], np.float32)}
+            feeds = {first.name: x, "mask": unit_mask(site, unit), "value": np.array(values[unit, column], np.float32)}
             scores = session.run(None, feeds)[0].astype(np.float64)
             if path.parent == SQUARE:  # this one answers logits, the other one probabilities
                 scores = np.exp(scores) / np.exp(scores).sum(axis=1, keepdims=True)

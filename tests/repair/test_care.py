@@ -11,7 +11,7 @@ import pytest
 from cases import BLEND, SQUARE, sample_case
 
 from onnxcare.graph.patch import Patch
-from onnxcare.locators.causal import spread_units
+from onnxcare.locators.attribution import spread_units
 from onnxcare.repair import care
 from onnxcare.repair.base import Repair
 
