@@ -10,6 +10,7 @@ from pathlib import Path
 
 from onnxcare import repair as methods
 from onnxcare._version import __version__
+from onnxcare.case import Case, Progress
 from onnxcare.data import Dataset, Splits, check_labels, load_dataset, split, without_overlap
 from onnxcare.errors import DataError, ModelError, SpecError, UsageError
 from onnxcare.experiment import Experiment
@@ -19,7 +20,7 @@ from onnxcare.inspection import Inspection, inspect_model
 from onnxcare.judge import Verdict, judge
 from onnxcare.locators.select import attribute_sites, select_units
 from onnxcare.properties import backdoor
-from onnxcare.repair.base import Case, Progress, Repair
+from onnxcare.repair.base import Repair
 from onnxcare.results import Fix, Location, Run, SiteScore, Status, UnitScore
 from onnxcare.runtime import Device, Session, few_blas_threads, parse_memory, resolve_device
 from onnxcare.spec import Spec, load_spec

@@ -7,11 +7,11 @@ from pathlib import Path
 
 import numpy as np
 
+from onnxcare.case import Case
 from onnxcare.data import Dataset, Splits, load_dataset, split
 from onnxcare.experiment import Experiment
 from onnxcare.graph.model import load_model
 from onnxcare.properties import backdoor
-from onnxcare.repair.base import Case
 from onnxcare.spec import load_spec
 
 SAMPLES = Path(__file__).parents[1] / "sample_models"

@@ -13,13 +13,13 @@ from typing import Any
 
 import numpy as np
 
+from onnxcare.case import Case
 from onnxcare.graph.sites import Site
 from onnxcare.locators.attribution import Attribution, Response, by_unit, spread_units
 from onnxcare.locators.causal import average_causal_effects
 from onnxcare.locators.interchange import interchange_effects
+from onnxcare.panel import Outcome, Panel
 from onnxcare.properties.base import Property, log_softmax
-from onnxcare.repair.base import Case
-from onnxcare.repair.panel import Outcome, Panel
 
 Array = np.ndarray
 

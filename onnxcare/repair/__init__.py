@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from importlib import import_module
 
+from onnxcare.case import Case
 from onnxcare.errors import UsageError, nearest
-from onnxcare.repair.base import Case, Repair
+from onnxcare.repair.base import Repair
 
 # Modules with a function `repair(case) -> Repair`, by the name of the method.
 METHODS = {

@@ -16,12 +16,13 @@ from itertools import product
 
 import numpy as np
 
+from onnxcare.case import Case
 from onnxcare.errors import ModelError
 from onnxcare.experiment import Activations, Suffix
 from onnxcare.graph.layers import Layer
+from onnxcare.panel import Outcome, Panel
 from onnxcare.repair import closed_form, cmaes
-from onnxcare.repair.base import Candidate, Case, Repair
-from onnxcare.repair.panel import Outcome, Panel
+from onnxcare.repair.base import Candidate, Repair
 from onnxcare.runtime import batches
 
 Array = np.ndarray

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from onnxcare.case import Case
 from onnxcare.data import Inputs
 from onnxcare.errors import ModelError
 from onnxcare.experiment import Activations, Experiment
@@ -20,9 +21,9 @@ from onnxcare.graph.parameters import Parameter
 from onnxcare.graph.sites import Site
 from onnxcare.locators.attribution import spread_units
 from onnxcare.locators.select import attribute_sites, select_units
+from onnxcare.panel import Panel
 from onnxcare.repair import cmaes
-from onnxcare.repair.base import Candidate, Case, Repair
-from onnxcare.repair.panel import Panel
+from onnxcare.repair.base import Candidate, Repair
 
 Array = np.ndarray
 

@@ -25,7 +25,7 @@ import scipy.linalg
 from onnxcare.data import Dataset, Inputs
 from onnxcare.experiment import Activations, Experiment
 from onnxcare.graph.layers import Layer
-from onnxcare.repair.panel import Panel
+from onnxcare.panel import Panel
 from onnxcare.runtime import batches
 
 Array = np.ndarray

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from cases import sample_case
 
+from onnxcare.panel import Panel
 from onnxcare.properties.base import divergence, log_softmax
-from onnxcare.repair.panel import Panel
 
 
 @pytest.fixture(scope="module")
