@@ -28,7 +28,7 @@ from onnxcare.spec import Spec, load_spec
 # Shares of `data` for repair, search and validation; the last share is held out where the spec names no file.
 _SHARES = (0.5, 0.2, 0.3)
 _SHARES_WITH_HOLDOUT = (0.35, 0.14, 0.21, 0.3)
-# A scale for "no sample left": classes need at least so many samples in every part to be measured at all.
+# A part with fewer samples says nothing about any class.
 _FEWEST = 20
 
 
@@ -99,7 +99,7 @@ def locate(
     attributions = attribute_sites(case, case.experiment.sites, samples, values)
     selections = select_units(case, attributions)
     # One ranking for all sites, so that its scores can be compared: the one that served best at the best site.
-    locator = selections[0].locator if selections else attributions[0].locator
+    locator = selections[0].locator
     by_site = {item.site.tensor: item for item in attributions if item.locator == locator}
     units = [
         UnitScore(item.site.tensor, int(unit), float(item.scores[unit]))

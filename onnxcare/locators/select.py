@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from onnxcare.case import Case
+from onnxcare.errors import ModelError
 from onnxcare.graph.sites import Site
 from onnxcare.locators.attribution import Attribution, Response, by_unit, spread_units
 from onnxcare.locators.causal import average_causal_effects
@@ -74,21 +75,35 @@ def attribute_sites(
 
     Args:
         case: the model and the evidence.
-        sites: where to look.
+        sites: where to look; those that cannot be cut open are left out as long as one can.
         samples: at most so many clean and bad samples of the repair part.
         values: how many values each unit is forced to for its average causal effect.
+
+    Raises:
+        ModelError: none of the sites can be cut open, or no unit of them ever changes.
     """
-    panel = case.panel("repair", samples)
-    found = []
+    found: list[Attribution] = []
+    failure = ModelError(f"{case.experiment.model.path}: all hidden units are constant over the data")
     for index, site in enumerate(sites):
         case.progress(f"causal effects at {site.tensor} ({index + 1} of {len(sites)})")
-        causal, interchanged = [], []
-        for item, evidence in zip(case.properties, panel.evidence, strict=True):
-            bad, twins = evidence.bad, evidence.twins
-            causal.append(average_causal_effects(case.experiment, site, panel.clean, bad, _response(item), values))
-            interchanged.append(interchange_effects(case.experiment, site, panel.clean, bad, twins, item.margin))
-        found += [max(parts, key=lambda part: float(part.scores.max())) for parts in (causal, interchanged)]
+        try:
+            found += _attribute_site(case, site, samples, values)
+        except ModelError as error:
+            failure = error
+    found = [item for item in found if not item.dead.all()]
+    if not found:
+        raise failure
     return found
+
+
+def _attribute_site(case: Case, site: Site, samples: int, values: int) -> list[Attribution]:
+    panel = case.panel("repair", samples)
+    causal, interchanged = [], []
+    for item, evidence in zip(case.properties, panel.evidence, strict=True):
+        bad, twins = evidence.bad, evidence.twins
+        causal.append(average_causal_effects(case.experiment, site, panel.clean, bad, _response(item), values))
+        interchanged.append(interchange_effects(case.experiment, site, panel.clean, bad, twins, item.margin))
+    return [max(parts, key=lambda part: float(part.scores.max())) for parts in (causal, interchanged)]
 
 
 def _response(item: Property) -> Response:
@@ -96,23 +111,35 @@ def _response(item: Property) -> Response:
 
 
 def select_units(case: Case, attributions: Sequence[Attribution], most: int | None = None) -> list[Selection]:
-    """Return the best locator and number of top units for every site, the best site first."""
-    panel = case.panel("search")
+    """Return the best locator and number of top units for every site, the best site first.
+
+    Raises:
+        ModelError: no site can be cut open for the samples of the search part.
+    """
     found: dict[str, Selection] = {}
+    failure: ModelError | None = None
     for attribution in attributions:
-        ranking = attribution.ranking()[:most]
-        if not len(ranking):
-            continue
         site = attribution.site
         case.progress(f"measuring the top units of {site.tensor}")
-        sizes = _sizes(len(ranking))
-        outcomes = ablate(case, panel, site, [ranking[:k] for k in sizes])
-        best = min(range(len(sizes)), key=lambda index: outcomes[index].cost)
-        selection = Selection(site, attribution.locator, ranking, sizes[best], outcomes[best])
+        try:
+            selection = _select(case, attribution, most)
+        except ModelError as error:
+            failure = error
+            continue
         rival = found.get(site.tensor)
         if rival is None or selection.outcome.cost < rival.outcome.cost:
             found[site.tensor] = selection
+    if failure is not None and not found:
+        raise failure
     return sorted(found.values(), key=lambda selection: selection.outcome.cost)
+
+
+def _select(case: Case, attribution: Attribution, most: int | None) -> Selection:
+    ranking = attribution.ranking()[:most]
+    sizes = _sizes(len(ranking))
+    outcomes = ablate(case, case.panel("search"), attribution.site, [ranking[:k] for k in sizes])
+    best = min(range(len(sizes)), key=lambda index: outcomes[index].cost)
+    return Selection(attribution.site, attribution.locator, ranking, sizes[best], outcomes[best])
 
 
 def ablate(case: Case, panel: Panel, site: Site, sets: Sequence[Array]) -> list[Outcome]:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import numpy as np
+import pytest
 from cases import sample_case
 
+from onnxcare.errors import ModelError
 from onnxcare.locators.select import ablate, attribute_sites, select_units
 
 
@@ -48,3 +50,15 @@ def test_sites_come_best_first_and_larger_sets_grow():
         assert sizes[0] == selection.size
         assert sizes == sorted(set(sizes))
         assert sizes[-1] == len(selection.ranking)
+
+
+def test_sites_that_do_not_fit_into_the_memory_are_left_out_as_long_as_one_does():
+    case = sample_case.__wrapped__()
+    case.experiment.memory = 4 << 20
+    found = attribute_sites(case, case.experiment.sites)
+    assert {item.site.tensor for item in found} == {"/pool2/MaxPool_output_0", "/relu3/Relu_output_0"}
+    # The search part has more samples than were attributed with.
+    assert [item.site.tensor for item in select_units(case, found)] == ["/relu3/Relu_output_0"]
+    case.experiment.memory = 1 << 10
+    with pytest.raises(ModelError, match="--memory"):
+        attribute_sites(case, case.experiment.sites)
