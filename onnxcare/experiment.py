@@ -299,7 +299,7 @@ class Suffix:
 
         return self._run(at, len(coefficients), feeds)
 
-    def _run(self, at: Activations, family_size: int, feeds) -> Array:  # type: ignore[no-untyped-def]
+    def _run(self, at: Activations, family_size: int, feeds: Callable[[slice, slice], dict[str, Array]]) -> Array:
         samples = len(at)
         per_run = min(samples, self._rows)
         members = max(1, self._rows // per_run)

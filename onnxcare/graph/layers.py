@@ -241,8 +241,8 @@ def _gemm(view: GraphView, parameters: Mapping[str, Parameter], index: int) -> L
     bias = parameters.get(node.input[2]) if len(node.input) > 2 else None
     if bias is not None and bias.shape not in ((outputs,), (1, outputs)):
         bias = None
-    beta = float(attribute(node, "beta", 1.0))  # type: ignore[arg-type]
-    alpha = float(attribute(node, "alpha", 1.0))  # type: ignore[arg-type]
+    beta = float(attribute(node, "beta", 1.0))
+    alpha = float(attribute(node, "alpha", 1.0))
     refusal = None
     if attribute(node, "transA", 0):
         refusal = "it transposes its input (transA=1)"
@@ -294,12 +294,12 @@ def _conv(view: GraphView, parameters: Mapping[str, Parameter], index: int) -> L
     if weight is None or not view.is_activation(node.input[0]):
         return None
     spatial = len(weight.shape) - 2
-    groups = int(attribute(node, "group", 1))  # type: ignore[call-overload]
+    groups = int(attribute(node, "group", 1))
     geometry = Convolution(
         kernel=weight.shape[2:],
-        strides=tuple(attribute(node, "strides", [1] * spatial)),  # type: ignore[arg-type]
-        dilations=tuple(attribute(node, "dilations", [1] * spatial)),  # type: ignore[arg-type]
-        pads=tuple(attribute(node, "pads", [0] * 2 * spatial)),  # type: ignore[arg-type]
+        strides=tuple(attribute(node, "strides", [1] * spatial)),
+        dilations=tuple(attribute(node, "dilations", [1] * spatial)),
+        pads=tuple(attribute(node, "pads", [0] * 2 * spatial)),
         auto_pad=str(attribute(node, "auto_pad", "NOTSET")),
         groups=groups,
     )
