@@ -175,15 +175,13 @@ def _refine(case: Case, layer: Layer) -> list[_Found]:
 
 def _search(case: Case, best: _Found, of_layer: list[_Found]) -> tuple[list[_Found], int]:
     """Search the span of the layer's directions from the closed-form point and from zero."""
-    basis = _basis(best.change, [item.change for item in of_layer])
+    basis, closed = _basis(best.change, [item.change for item in of_layer])
     bench, panel = _Bench(case, best.layer), case.panel("search")
     directions = bench.directions(panel, basis)
 
     def costs(coefficients: Array) -> Array:
         return panel.costs(bench.scores(panel, coefficients, directions))
 
-    closed = np.zeros(len(basis))
-    closed[: min(len(basis), _SEARCH_RANK + 1)] = 1.0
     runs = {
         "closed form": cmaes.minimise(costs, closed, sigma=0.2, seed=case.seed),
         "zero": cmaes.minimise(costs, np.zeros(len(basis)), sigma=0.5, seed=case.seed + 1),
@@ -197,22 +195,21 @@ def _search(case: Case, best: _Found, of_layer: list[_Found]) -> tuple[list[_Fou
     return found, sum(run.evaluations for run in runs.values())
 
 
-def _basis(best: Array, others: list[Array]) -> list[Array]:
-    """Return directions: the best change split by singular vectors, and the other changes' rests.
+def _basis(best: Array, others: list[Array]) -> tuple[list[Array], Array]:
+    """Return directions, and the coefficients that add up to the best change.
 
-    The first few add up to the best change; the further ones let the search move towards other settings.
+    The first directions are the best change split by singular vectors; the further ones, the differences to the
+    largest and the smallest other change, let the search move towards other settings.
     """
     u, s, vt = np.linalg.svd(best, full_matrices=False)
-    rank = min(_SEARCH_RANK, s.shape[-1])
-    parts = [u[:, :, r : r + 1] * s[:, None, r : r + 1] @ vt[:, r : r + 1, :] for r in range(rank)]
-    rest = best - sum(parts)
+    parts = [
+        u[:, :, r : r + 1] * s[:, None, r : r + 1] @ vt[:, r : r + 1, :] for r in range(min(_SEARCH_RANK, s.shape[-1]))
+    ]
+    split = [*parts, best - sum(parts)]
+    by_size = sorted(others, key=lambda change: float(np.linalg.norm(change)))
+    apart = [by_size[-1] - best, by_size[0] - best]
+    # A change of low rank leaves no rest, and it may itself be the largest or the smallest.
     scale = np.linalg.norm(best)
-    if np.linalg.norm(rest) > 1e-6 * scale:
-        parts.append(rest)
-    largest = max(others, key=lambda change: float(np.linalg.norm(change)))
-    smallest = min(others, key=lambda change: float(np.linalg.norm(change)))
-    for other in (largest, smallest):
-        apart = other - best
-        if np.linalg.norm(apart) > 1e-3 * scale:
-            parts.append(apart)
-    return parts
+    split = [direction for direction in split if np.linalg.norm(direction) > 1e-6 * scale]
+    apart = [direction for direction in apart if np.linalg.norm(direction) > 1e-3 * scale]
+    return [*split, *apart], np.array([1.0] * len(split) + [0.0] * len(apart))

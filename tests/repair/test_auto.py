@@ -83,3 +83,14 @@ def test_layers_that_do_not_fit_into_the_memory_are_skipped_with_a_reason():
     assert set(skipped) == {"/conv1/Conv", "/conv2/Conv", "/dense1/Gemm"}
     assert all("--memory" in reason for reason in skipped.values())
     assert found.details["layer"] == "/dense2/Gemm"
+
+
+@pytest.mark.parametrize("rank", [1, 2, 4, 6])
+def test_the_search_starts_at_the_closed_form_whatever_its_rank(rank):
+    rng = np.random.default_rng(rank)
+    best = rng.normal(size=(2, 9, rank)) @ rng.normal(size=(2, rank, 8))
+    others = [3 * rng.normal(size=best.shape), 0.1 * rng.normal(size=best.shape)]
+    basis, start = auto._basis(best, [best, *others])
+    np.testing.assert_allclose(sum(c * b for c, b in zip(start, basis, strict=True)), best, atol=1e-10)
+    assert len(basis) == min(rank, 4) + (rank > 4) + 2
+    assert all(np.linalg.norm(direction) > 1e-6 * np.linalg.norm(best) for direction in basis)
