@@ -11,7 +11,7 @@ from pathlib import Path
 from onnxcare import repair as methods
 from onnxcare._version import __version__
 from onnxcare.case import Case, Progress
-from onnxcare.data import Dataset, Splits, check_labels, load_dataset, split, without_overlap
+from onnxcare.data import PARTS, Dataset, Splits, check_labels, load_dataset, split, without_overlap
 from onnxcare.errors import DataError, ModelError, SpecError, UsageError
 from onnxcare.experiment import Experiment
 from onnxcare.graph.model import Model, load_model
@@ -267,14 +267,13 @@ def _prepare(
     except SpecError as error:
         raise SpecError(f"{spec}: {error}") from None
     case = Case(experiment, splits, properties, wanted.keep, seed, progress)
-    parts = ("repair", "search", "validation", "holdout")
     run = Run(
         version=__version__,
         model=str(model),
         sha256=loaded.sha256,
         device=chosen,
         seed=seed,
-        samples={part: len(getattr(splits, part)) for part in parts},
+        samples={part: len(splits.part(part)) for part in PARTS},
         notes=notes,
     )
     return _Setup(loaded, wanted, case, run)
@@ -292,8 +291,8 @@ def _split(spec: Spec, model: Model, data: Dataset, classes: int, seed: int) -> 
         if overlap:
             notes.append(f"{overlap} samples of {spec.holdout} also occur in {spec.data}; the judge leaves them out.")
     splits = Splits(repair, search, validation, holdout)
-    for part in ("repair", "search", "validation", "holdout"):
-        size = len(getattr(splits, part))
+    for part in PARTS:
+        size = len(splits.part(part))
         if size < _FEWEST:
             source = spec.holdout if part == "holdout" and spec.holdout else spec.data
             raise DataError(f"{source}: only {size} samples are left for {part}; at least {_FEWEST} are needed")

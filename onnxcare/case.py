@@ -8,12 +8,12 @@ from functools import cached_property
 
 import numpy as np
 
-from onnxcare.data import Dataset, Splits
+from onnxcare.data import PartName, Splits
 from onnxcare.experiment import Experiment
 from onnxcare.graph import parameters
 from onnxcare.graph.parameters import Parameter
 from onnxcare.panel import Outcome, Panel
-from onnxcare.properties.base import PartName, Property
+from onnxcare.properties.base import Property
 from onnxcare.spec import Keep
 
 Array = np.ndarray
@@ -47,7 +47,7 @@ class Case:
             raise ValueError("the held-out part is for the judge alone")
         key = (part, limit)
         if key not in self._panels:
-            clean: Dataset = getattr(self.splits, part)
+            clean = self.splits.part(part)
             self._panels[key] = Panel.build(self.experiment, self.properties, self.keep, clean, part, limit)
         return self._panels[key]
 

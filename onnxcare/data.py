@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal, get_args
 
 import numpy as np
 
@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 
 Array = np.ndarray
 Inputs = Mapping[str, Array]
+PartName = Literal["repair", "search", "validation", "holdout"]
+PARTS: tuple[PartName, ...] = get_args(PartName)
 
 
 @dataclass(frozen=True)
@@ -187,6 +189,11 @@ class Splits:
     search: Dataset
     validation: Dataset
     holdout: Dataset
+
+    def part(self, name: PartName) -> Dataset:
+        """Return a part by its name."""
+        found: Dataset = getattr(self, name)
+        return found
 
 
 def split(dataset: Dataset, shares: Sequence[float], seed: int) -> list[Dataset]:

@@ -11,11 +11,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from onnxcare.data import Dataset, Inputs
+from onnxcare.data import Dataset, Inputs, PartName
 from onnxcare.experiment import Experiment
 from onnxcare.properties.base import (
     Evidence,
-    PartName,
     Property,
     divergence,
     log_softmax,

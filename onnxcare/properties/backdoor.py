@@ -12,10 +12,10 @@ from pathlib import Path
 
 import numpy as np
 
-from onnxcare.data import Dataset, Inputs, Splits, check_labels, load_dataset, split
+from onnxcare.data import PARTS, Dataset, Inputs, PartName, Splits, check_labels, load_dataset, split
 from onnxcare.errors import DataError, SpecError
 from onnxcare.graph.model import Signature
-from onnxcare.properties.base import Array, Evidence, PartName, Property, divergence
+from onnxcare.properties.base import Array, Evidence, Property, divergence
 from onnxcare.properties.trigger import Trigger, estimate_triggers, load_trigger
 from onnxcare.spec import BackdoorSpec
 
@@ -106,8 +106,7 @@ def prepare(
     name = signatures[0].name
     if spec.trigger is not None:
         trigger = load_trigger(spec.trigger, signatures[0])
-        parts: tuple[PartName, ...] = ("repair", "search", "validation", "holdout")
-        stamped = {part: _stamp(trigger, getattr(splits, part), spec.target, name) for part in parts}
+        stamped = {part: _stamp(trigger, splits.part(part), spec.target, name) for part in PARTS}
         _need_samples(spec, stamped)
         return Backdoor(spec, stamped, ())
     assert spec.triggered is not None
@@ -148,22 +147,18 @@ def _from_triggered(
     notes = []
     if usable.labels is None:
         notes.append("Triggered samples have no labels: all are counted as if their true class were another one.")
-    clean = splits.repair
-    observed = float((predict(usable.inputs).argmax(axis=-1) == spec.target).mean())
-    accepted, success = _best_trigger(spec, usable, clean, name, predict)
-    if accepted is not None and success >= _REPRODUCED * observed:
-        notes.append(
-            f"The trigger was estimated from {len(usable)} triggered samples as a {accepted.source} of "
-            f"{int((accepted.mask > 0).sum())} values; stamped on clean samples it reaches {success:.1%} attack "
-            f"success, the given ones {observed:.1%}."
-        )
-    else:
-        accepted = None
     evidence: dict[PartName, Evidence] = {"holdout": Evidence(holdout, None)}
     searching: tuple[PartName, ...] = ("repair", "search", "validation")
-    if accepted is not None:
+    observed = _success(predict, usable, spec.target)
+    trigger, success = _best_trigger(spec, usable, splits.repair, name, predict)
+    if trigger is not None and success >= _REPRODUCED * observed:
+        notes.append(
+            f"The trigger was estimated from {len(usable)} triggered samples as a {trigger.source} of "
+            f"{int((trigger.mask > 0).sum())} values; stamped on clean samples it reaches {success:.1%} attack "
+            f"success, the given ones {observed:.1%}."
+        )
         for part in searching:
-            evidence[part] = _stamp(accepted, getattr(splits, part), spec.target, name)
+            evidence[part] = _stamp(trigger, splits.part(part), spec.target, name)
     else:
         notes.append(
             "No static trigger explains the triggered samples; the repair rests on their mean shift "
@@ -184,10 +179,14 @@ def _best_trigger(
         stamped = _stamp(trigger, clean, spec.target, name)
         if not len(stamped.bad):
             continue
-        success = float((predict(stamped.bad.inputs).argmax(axis=-1) == spec.target).mean())
+        success = _success(predict, stamped.bad, spec.target)
         if success > highest:
             best, highest = trigger, success
     return best, highest
+
+
+def _success(predict: Predict, triggered: Dataset, target: int) -> float:
+    return float((predict(triggered.inputs).argmax(axis=-1) == target).mean())
 
 
 def _split_rows(dataset: Dataset, shares: list[float], seed: int) -> list[Dataset]:

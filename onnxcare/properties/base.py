@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
+import scipy.special
 
-from onnxcare.data import Dataset
+from onnxcare.data import Dataset, PartName
 
 Array = np.ndarray
-PartName = Literal["repair", "search", "validation", "holdout"]
 
 
 @dataclass(frozen=True)
@@ -77,8 +76,8 @@ class Property(ABC):
 
 def log_softmax(scores: Array) -> Array:
     """Return log-probabilities along the last axis, in float64."""
-    shifted = scores.astype(np.float64) - scores.max(axis=-1, keepdims=True)
-    return shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True))
+    found: Array = scipy.special.log_softmax(scores.astype(np.float64), axis=-1)
+    return found
 
 
 def divergence(reference: Array, log_probs: Array) -> Array:

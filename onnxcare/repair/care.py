@@ -14,7 +14,6 @@ from dataclasses import dataclass
 import numpy as np
 
 from onnxcare.case import Case
-from onnxcare.data import Inputs
 from onnxcare.errors import ModelError
 from onnxcare.experiment import Activations, Experiment
 from onnxcare.graph.parameters import Parameter
@@ -124,7 +123,7 @@ def fold(case: Case, site: Site, factors: Array) -> dict[Parameter, Array]:
     """
     changed = {}
     for layer in site.readers:
-        units = _units_read(case.experiment, site, layer.input, case.panel("search").inputs)
+        units = _units_read(case.experiment, site, layer.input)
         # One row for every place at which the layer reads all its inputs: positions of a map, tokens.
         places = units.reshape(layer.inputs, -1).T if layer.convolution else units.reshape(-1, layer.inputs)
         if (places != places[0]).any():
@@ -133,13 +132,12 @@ def fold(case: Case, site: Site, factors: Array) -> dict[Parameter, Array]:
     return changed
 
 
-def _units_read(experiment: Experiment, site: Site, tensor: str, inputs: Inputs) -> Array:
+def _units_read(experiment: Experiment, site: Site, tensor: str) -> Array:
     """Return which unit of the site each position of a reader's input belongs to, without the batch axis.
 
     The steps in between only move values, so sending unit numbers through them shows where each one goes.
     """
-    one = {name: values[:1] for name, values in inputs.items()}
-    shape = experiment.tensors([site.tensor], one)[0].shape
+    shape = experiment.tensors([site.tensor], experiment.probe)[0][:1].shape
     axis = site.axis % len(shape)
     numbers = np.arange(site.units, dtype=np.float32)
     numbers = numbers.reshape([-1 if i == axis else 1 for i in range(len(shape))])

@@ -145,12 +145,10 @@ def _mean_shift(is_now: Array, bad: Dataset, ought: Array, clean: Dataset) -> Ar
 
 def _input_pieces(experiment: Experiment, layer: Layer, inputs: Inputs) -> Iterator[Array]:
     """Yield the layer's input in pieces whose rows stay within bounds."""
-    total = len(next(iter(inputs.values())))
-    one = {name: values[:1] for name, values in inputs.items()}
-    per_sample = layer.rows(experiment.tensors([layer.input], one)[0]).nbytes
-    step = max(1, min(_PIECE, experiment.memory // 8) // max(1, per_sample))
     everything = experiment.tensors([layer.input], inputs)[0]
-    for rows in batches(total, step):
+    per_sample = layer.rows(everything[:1]).nbytes
+    step = max(1, min(_PIECE, experiment.memory // 8) // max(1, per_sample))
+    for rows in batches(len(everything), step):
         yield everything[rows]
 
 

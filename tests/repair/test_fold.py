@@ -27,7 +27,6 @@ def case_of(text: str, weights: dict[str, np.ndarray], x: np.ndarray, path: Path
     model = load_model(path)
     return SimpleNamespace(
         experiment=Experiment(model, "cpu", 1 << 28, {"x": x}),
-        panel=lambda part: SimpleNamespace(inputs={"x": x}),
         read=lambda parameter: parameters.read(model.proto, parameter, model.path.parent),
     )
 
