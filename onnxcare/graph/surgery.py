@@ -25,6 +25,7 @@ import onnx
 import onnx_graphsurgeon as gs
 from onnx_graphsurgeon.logger import G_LOGGER
 
+from onnxcare.decision import Final
 from onnxcare.errors import ModelError
 from onnxcare.graph.model import Model
 from onnxcare.graph.view import GraphView, operator
@@ -129,15 +130,18 @@ def import_graph(copy: onnx.ModelProto, what: str) -> gs.Graph:
         return gs.import_onnx(own)
 
 
-def find_logits(graph: gs.Graph, output: str) -> str:
-    """Return the tensor in front of a final Softmax, or the output itself where there is none.
+def find_logits(graph: gs.Graph, output: str, finals: Sequence[Final]) -> tuple[str, Final]:
+    """Return the tensor in front of a final operator of the given kinds, and that operator; else the output and "".
 
     The decision is the same, and a search on logits does not saturate.
     """
     tensor = graph.tensors()[output]
-    if tensor.inputs and tensor.inputs[0].op == "Softmax":
-        return tensor.inputs[0].inputs[0].name
-    return output
+    while tensor.inputs and tensor.inputs[0].op == "Identity":
+        tensor = tensor.inputs[0].inputs[0]
+    for final in finals:
+        if tensor.inputs and tensor.inputs[0].op == final:
+            return tensor.inputs[0].inputs[0].name, final
+    return output, ""
 
 
 def upstream(graph: gs.Graph, tensor: str) -> set[str]:
@@ -224,6 +228,28 @@ def cut(
     graph.inputs = inputs
     graph.outputs = [_untyped(known[scores])]
     return Cut(tensor, tuple(crossing), _export(graph, what))
+
+
+def part_behind(copy: onnx.ModelProto, tensor: str, output: str, what: str) -> tuple[onnx.ModelProto, list[str]]:
+    """Return the part of the graph that computes `output` from `tensor` and what else crosses a cut there.
+
+    Returns:
+        The part, and the names of its other inputs: skip connections, and model inputs that are used behind the cut.
+
+    Raises:
+        ModelError: the output does not depend on the tensor, or the graph cannot be cut there.
+    """
+    graph = import_graph(copy, what)
+    known = graph.tensors()
+    behind = _behind(graph, [known[tensor]])
+    if known[output] not in _outputs_of(behind):
+        raise ModelError(f"{what}: {output!r} does not depend on {tensor!r}")
+    crossing = _crossing(graph, known[tensor], known[output], behind)
+    for name in (tensor, *crossing):
+        known[name].inputs.clear()
+    graph.inputs = [_typed(known[name], np.dtype(np.float32)) for name in (tensor, *crossing)]
+    graph.outputs = [_untyped(known[output])]
+    return _export(graph, what), crossing
 
 
 def _insert_affine(graph: gs.Graph, h: gs.Variable, shape: tuple[int, ...], dtype: np.dtype) -> list[gs.Variable]:

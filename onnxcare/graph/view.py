@@ -40,7 +40,7 @@ class GraphView:
             for name in node.input:
                 if name:
                     self.consumers[name].append(index)
-            for inner in _subgraph_inputs(node):
+            for inner in subgraph_inputs(node):
                 self.captured.setdefault(inner, self.label(index))
         self._tensors = {tensor.name: tensor for tensor in graph.initializer}
 
@@ -75,7 +75,7 @@ class GraphView:
         """Constants, and what is computed from constants alone."""
         found = set(self.constants)
         for node in self.nodes:
-            if all(name in found for name in (*node.input, *_subgraph_inputs(node)) if name):
+            if all(name in found for name in (*node.input, *subgraph_inputs(node)) if name):
                 found.update(node.output)
         return found
 
@@ -109,11 +109,12 @@ def attribute(node: onnx.NodeProto, name: str, default: Any = None) -> Any:
     return default
 
 
-def _subgraph_inputs(node: onnx.NodeProto) -> Iterator[str]:
+def subgraph_inputs(node: onnx.NodeProto) -> Iterator[str]:
+    """Yield the names that the subgraphs of a node read, those of their own tensors included."""
     for item in node.attribute:
         graphs = [item.g] if item.type == onnx.AttributeProto.GRAPH else list(item.graphs)
         for graph in graphs:
             for inner in graph.node:
                 yield from (name for name in inner.input if name)
-                yield from _subgraph_inputs(inner)
+                yield from subgraph_inputs(inner)
             yield from (output.name for output in graph.output)

@@ -1,0 +1,417 @@
+"""Gradients of a piece of a graph: the only module that knows onnx-ad.
+
+onnx-ad writes the vector-Jacobian product of a graph as a graph of its own, and onnxruntime runs it:
+
+    x, dLoss/dy  ->  y, dLoss/dx
+
+Its rules need static shapes, explicit pads and a recent operator set, and without them some refuse and some are wrong.
+So a copy of the graph is made to fit first: the batch is fixed, an old operator set raised, ``auto_pad`` spelled out.
+What onnx-ad returns is corrected in one place (`_exact_pads`), cut down to what is asked for, and tried once.
+"""
+
+from __future__ import annotations
+
+import traceback
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import onnx
+import onnx_ad
+import onnx_ad.rules
+from onnx import inliner, shape_inference, version_converter
+
+from onnxcare.errors import DataError, ModelError
+from onnxcare.graph.model import numpy_dtype
+from onnxcare.graph.view import subgraph_inputs, attribute, operator
+from onnxcare.runtime import Array, Device, Session, batches
+
+_ADJOINT, _SEEDS = "onnxcare_adjoint_", "onnxcare_seeds"
+# The adjoints of MaxPool and Gather scatter with addition, from opset 16 on. Before opset 11, Clip and Pad have their
+# operands in attributes, where the rules do not look for them.
+_OLDEST_OPSET, _RAISED_OPSET = 16, 17
+# The results of these depend on shapes, not on values.
+_SHAPE_ONLY = {"Shape", "Size", "ConstantOfShape", "EyeLike", "RandomNormalLike", "RandomUniformLike"}
+_WINDOWED = {"Conv", "MaxPool", "AveragePool", "LpPool"}
+_FLOATS = {
+    onnx.TensorProto.UNDEFINED,  # what inference could not type may be one
+    onnx.TensorProto.FLOAT,
+    onnx.TensorProto.DOUBLE,
+    onnx.TensorProto.FLOAT16,
+    onnx.TensorProto.BFLOAT16,
+}
+# Weights with more numbers than this are kept out of onnx-ad's sight.
+_HEAVY = 1 << 12
+# The derivative computes the same values on the way as the part itself, up to the rounding of other kernels, which
+# half precision makes large.
+_TOLERANCE = 1e-2
+
+
+class NoGradient(Exception):
+    """A gradient cannot be computed, or is zero wherever it exists.
+
+    Attributes:
+        why: one plain sentence that names the operator and the node in the way.
+    """
+
+    def __init__(self, why: str) -> None:
+        super().__init__(why)
+        self.why = why
+
+
+class Gradients:
+    """Vector-Jacobian products of a piece of a graph, run by onnxruntime."""
+
+    def __init__(
+        self,
+        part: onnx.ModelProto,
+        wanted: Sequence[str],
+        output: str,
+        shapes: Mapping[str, tuple[int, ...]],
+        device: Device,
+        rows: int,
+        what: str,
+    ) -> None:
+        """Write the derivative, load it and try it on random samples.
+
+        Args:
+            part: a model whose inputs, other than initializers, have the samples on axis 0.
+            wanted: the inputs to differentiate with respect to.
+            output: the tensor that is differentiated, [samples, ...].
+            shapes: the shape of one sample, without the batch axis, of every input.
+            device: where to run.
+            rows: samples per run; a last batch that is shorter is padded.
+            what: how to call the model in errors.
+
+        Raises:
+            NoGradient: no differentiable path leads from a wanted input to the output, or there is no derivative that
+                onnxruntime can run.
+        """
+        self._wanted, self._output, self._rows, self._what = tuple(wanted), output, rows, what
+        answering = _pruned(part, [output])
+        self._names = [info.name for info in answering.graph.input]
+        for name in self._wanted:
+            if name not in self._names:
+                raise NoGradient(f"{output!r} does not depend on {name!r}")
+        self._forward = _session(answering, device, what)
+        self._dtype = numpy_dtype(self._forward.outputs[0][1])
+        if self._dtype is None or not np.issubdtype(self._dtype, np.floating):
+            raise NoGradient(f"{output!r} does not hold floating-point numbers")
+        weights = [tensor for tensor in answering.graph.initializer if _is_heavy(tensor)]
+        fitted = _fitted(answering, weights, shapes, rows, self._dtype)
+        _check_paths(fitted, self._wanted, output)
+        derivative = _reversed(fitted, self._wanted, output)
+        _hold(derivative, weights)
+        self._reverse = _session(derivative, device, what)
+        self._try(shapes)
+
+    def __call__(
+        self, inputs: Mapping[str, Array], seed: Array | Callable[[Array, slice], Array]
+    ) -> tuple[Array, dict[str, Array]]:
+        """Return the output, [N, ...], and the gradient of a loss by every wanted input.
+
+        Args:
+            inputs: the values of N samples for every input.
+            seed: dLoss/dOutput, in the shape of the output; or a function that returns it for some of the samples, from
+                the output for these samples and the slice they are.
+
+        Raises:
+            ModelError: onnxruntime failed while running.
+            DataError: there are no samples.
+        """
+        inputs = {name: inputs[name] for name in self._names}
+        if not callable(seed):
+            return self._products(inputs, seed)
+        samples = len(inputs[self._names[0]])
+        if not samples:
+            raise DataError(f"{self._what}: no rows to run on")
+        values, gradients = [], []
+        for rows in batches(samples, self._rows):
+            batch = {name: array[rows] for name, array in inputs.items()}
+            # The part alone runs in a fraction of the time of its derivative, which a zero seed would waste.
+            values.append(self._forward.run_rows(batch, rows_per_run=self._rows)[0])
+            gradients.append(self._products(batch, seed(values[-1], rows))[1])
+        return np.concatenate(values), {name: np.concatenate([g[name] for g in gradients]) for name in self._wanted}
+
+    def _products(self, inputs: Mapping[str, Array], seed: Array) -> tuple[Array, dict[str, Array]]:
+        # The last axis of seeds and adjoints is one that onnx-ad has for several seeds.
+        known = {**inputs, _ADJOINT + self._output: np.asarray(seed, self._dtype)[..., None]}
+        # An input whose shape alone matters may be gone.
+        feeds = {name: known[name] for name, _, _ in self._reverse.inputs}
+        values, *adjoints = self._reverse.run_rows(feeds, [self._output, *(_ADJOINT + name for name in self._wanted)])
+        return values, {name: adjoint[..., 0] for name, adjoint in zip(self._wanted, adjoints, strict=True)}
+
+    def _try(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
+        """Run the derivative once, and compare the values that it computes on the way with those of the part."""
+        random, samples = np.random.default_rng(0), min(2, self._rows)
+        inputs = {}
+        for name, kind, _ in self._forward.inputs:
+            drawn = random.normal(size=(samples, *shapes[name]))
+            dtype = numpy_dtype(kind) or np.dtype(np.float32)
+            # Zero is a valid index, whatever it is looked up in.
+            inputs[name] = drawn.astype(dtype) if np.issubdtype(dtype, np.floating) else np.zeros_like(drawn, dtype)
+        try:
+            expected = self._forward.run_rows(inputs, rows_per_run=samples)[0]
+        except ModelError:
+            return  # the part does not take random samples: there is nothing to compare with
+        try:
+            found = self._products(inputs, np.ones_like(expected))[0]
+        except ModelError as error:
+            raise NoGradient(f"the derivative cannot be run: {error}") from error
+        scale = max(1.0, float(np.max(np.abs(expected), where=np.isfinite(expected), initial=0)))
+        if not np.allclose(found, expected, rtol=0, atol=_TOLERANCE * scale, equal_nan=True):
+            raise NoGradient(f"the derivative of {self._output!r} that onnx-ad writes is that of another function")
+
+
+def _session(part: onnx.ModelProto, device: Device, what: str) -> Session:
+    try:
+        return Session(part, device, what=what)
+    except ModelError as error:
+        raise NoGradient(f"the derivative cannot be run: {error}") from error
+
+
+# -- making a graph fit --------------------------------------------------------------------------
+
+
+def _pruned(model: onnx.ModelProto, outputs: Iterable[str]) -> onnx.ModelProto:
+    """Return a copy that computes these outputs and nothing else; onnxruntime would run nodes that nobody reads."""
+    copy = onnx.ModelProto()
+    copy.CopyFrom(model)
+    graph = copy.graph
+    needed, kept = set(outputs), []
+    for node in reversed(model.graph.node):
+        if needed.intersection(node.output):
+            kept.append(node)
+            needed |= _reads(node)
+    _replace(graph.node, reversed(kept))
+    _replace(graph.initializer, (tensor for tensor in model.graph.initializer if tensor.name in needed))
+    held = {tensor.name for tensor in graph.initializer} | {t.values.name for t in graph.sparse_initializer}
+    _replace(graph.input, (info for info in model.graph.input if info.name in needed - held))
+    _replace(graph.output, (onnx.ValueInfoProto(name=name) for name in outputs))
+    # IR 3 wants every initializer among the inputs, where it would be no constant.
+    copy.ir_version = max(copy.ir_version, 4)
+    return copy
+
+
+def _replace(field: Any, items: Iterable[Any]) -> None:
+    """Give a repeated field of a protobuf message other items."""
+    found = list(items)
+    del field[:]
+    field.extend(found)
+
+
+def _is_heavy(tensor: onnx.TensorProto) -> bool:
+    return tensor.data_type in _FLOATS and int(np.prod(tensor.dims, dtype=np.int64)) > _HEAVY
+
+
+def _hold(model: onnx.ModelProto, weights: Iterable[onnx.TensorProto]) -> None:
+    """Turn inputs of a model back into the constants they were."""
+    fed = {info.name for info in model.graph.input}
+    held = [tensor for tensor in weights if tensor.name in fed]
+    model.graph.initializer.extend(held)
+    names = {tensor.name for tensor in held}
+    _replace(model.graph.input, [info for info in model.graph.input if info.name not in names])
+
+
+def _fitted(
+    part: onnx.ModelProto,
+    weights: Sequence[onnx.TensorProto],
+    shapes: Mapping[str, tuple[int, ...]],
+    rows: int,
+    dtype: np.dtype,
+) -> onnx.ModelProto:
+    """Return the part in the form that the rules of onnx-ad need, for `rows` samples in every run.
+
+    Only the shapes of weights matter here, and they are copied dozens of times on the way: they become inputs.
+    """
+    info = onnx.helper.make_tensor_value_info
+    names = {tensor.name for tensor in weights}
+    copy = onnx.ModelProto()
+    copy.CopyFrom(part)
+    _replace(copy.graph.initializer, [tensor for tensor in part.graph.initializer if tensor.name not in names])
+    _replace(
+        copy.graph.input,
+        [info(i.name, i.type.tensor_type.elem_type, [rows, *shapes[i.name]]) for i in part.graph.input]
+        + [info(tensor.name, tensor.data_type, tensor.dims) for tensor in weights],
+    )
+    try:
+        copy = inliner.inline_local_functions(copy)
+        kind = onnx.helper.np_dtype_to_tensor_dtype(dtype)
+        _replace(copy.graph.output, [info(part.graph.output[0].name, kind, None)])
+        copy = _inferred(copy)
+        if next(o.version for o in copy.opset_import if o.domain in ("", "ai.onnx")) < _OLDEST_OPSET:
+            copy = _inferred(version_converter.convert_version(copy, _RAISED_OPSET))
+    except Exception as error:  # onnx raises whatever comes up in its converters
+        raise NoGradient(f"the graph cannot be prepared for a derivative: {_line(error)}") from error
+    known = _shapes(copy)
+    for node in copy.graph.node:
+        _spell_out_pads(node, known)
+    return copy
+
+
+def _inferred(model: onnx.ModelProto) -> onnx.ModelProto:
+    """Return the model with the types and shapes that follow from those of its inputs.
+
+    What lies behind an operator of another domain only onnxruntime can tell.
+    """
+    del model.graph.value_info[:]
+    model = _infer(model)
+    known = _kinds(model)
+    foreign = [name for node in model.graph.node if not operator(node) for name in node.output if name]
+    unknown = [name for name in foreign if not known.get(name)]
+    if unknown:
+        for name, kind, shape in Session(_pruned(model, unknown), optimise=False).outputs:
+            dtype = numpy_dtype(kind)
+            if dtype is not None:
+                kind = onnx.helper.np_dtype_to_tensor_dtype(dtype)
+                model.graph.value_info.append(onnx.helper.make_tensor_value_info(name, kind, shape))
+        model = _infer(model)
+    return model
+
+
+def _infer(model: onnx.ModelProto) -> onnx.ModelProto:
+    return shape_inference.infer_shapes(model, strict_mode=False, data_prop=True)
+
+
+def _kinds(model: onnx.ModelProto) -> dict[str, int]:
+    """Return the element types that are known, by tensor."""
+    graph = model.graph
+    return {i.name: i.type.tensor_type.elem_type for i in [*graph.value_info, *graph.input, *graph.output]}
+
+
+def _shapes(model: onnx.ModelProto) -> dict[str, list[int]]:
+    """Return the shapes that are known to the last axis, by tensor."""
+    graph = model.graph
+    found = {tensor.name: list(tensor.dims) for tensor in graph.initializer}
+    for info in [*graph.value_info, *graph.input, *graph.output]:
+        shape = info.type.tensor_type.shape
+        if info.type.tensor_type.HasField("shape") and all(dim.HasField("dim_value") for dim in shape.dim):
+            found[info.name] = [dim.dim_value for dim in shape.dim]
+    return found
+
+
+def _spell_out_pads(node: onnx.NodeProto, shapes: Mapping[str, list[int]]) -> None:
+    """Replace ``auto_pad = SAME_...``, which onnx-ad refuses, by the pads it stands for."""
+    mode = str(attribute(node, "auto_pad", ""))
+    windows = _windows(node, shapes) if operator(node) in _WINDOWED and mode.startswith("SAME") else None
+    if windows is None or node.input[0] not in shapes:
+        return
+    first, last = [], []
+    for size, (kernel, stride) in zip(shapes[node.input[0]][2:], windows, strict=True):
+        total = max(0, (-(-size // stride) - 1) * stride + kernel - size)
+        first.append(total // 2 if mode == "SAME_UPPER" else total - total // 2)
+        last.append(total - first[-1])
+    _set(node, auto_pad=None, pads=first + last)
+
+
+def _windows(node: onnx.NodeProto, shapes: Mapping[str, list[int]]) -> list[tuple[int, int]] | None:
+    """Return the length of a convolution's or pooling's window, dilated, and its stride, along every spatial axis."""
+    kernel = attribute(node, "kernel_shape") or (shapes.get(node.input[1], [])[2:] if len(node.input) > 1 else None)
+    if not kernel:
+        return None
+    ones = [1] * len(kernel)
+    strides, dilations = attribute(node, "strides", ones), attribute(node, "dilations", ones)
+    return [((k - 1) * d + 1, s) for k, d, s in zip(kernel, dilations, strides, strict=True)]
+
+
+def _set(node: onnx.NodeProto, **values: list[int] | None) -> None:
+    """Set attributes of a node; None takes one away."""
+    _replace(node.attribute, [item for item in node.attribute if item.name not in values])
+    node.attribute.extend(onnx.helper.make_attribute(name, v) for name, v in values.items() if v is not None)
+
+
+# -- the derivative ------------------------------------------------------------------------------
+
+
+def _check_paths(part: onnx.ModelProto, wanted: Iterable[str], output: str) -> None:
+    """Raise NoGradient unless a path of differentiable operators leads from each wanted input to the output.
+
+    For what lies behind operators such as Sign and ArgMax, onnx-ad answers zero without a word.
+    """
+    kinds = _kinds(part)
+    for name in wanted:
+        depending, carried = {name}, {name}
+        hindrance = ""
+        for node in part.graph.node:
+            if operator(node) in _SHAPE_ONLY or not _reads(node) & depending:
+                continue
+            depending.update(node.output)
+            if not _reads(node) & carried:
+                continue
+            floats = [result for result in node.output if kinds.get(result, 0) in _FLOATS]
+            if not operator(node) and floats:
+                raise NoGradient(f"{_label(node)} of domain {node.domain} has no known derivative")
+            if floats and operator(node) not in onnx_ad.rules.ZERO_DERIVATIVE:
+                carried.update(floats)
+            else:
+                hindrance = hindrance or f"{_label(node)} has no derivative"
+        if output not in depending:
+            raise NoGradient(f"{output!r} does not depend on {name!r}")
+        if output not in carried:
+            raise NoGradient(hindrance)
+
+
+def _reversed(part: onnx.ModelProto, wanted: Sequence[str], output: str) -> onnx.ModelProto:
+    """Return a model that computes the output and, from one more input, the adjoints of the wanted inputs."""
+    try:
+        model = onnx_ad.reverse(part, inputs=list(wanted), outputs=[output], prefix=_ADJOINT, dim=_SEEDS, layout="onnx")
+        shapes = _shapes(part)
+        _exact_pads(model, part, shapes)
+        model = _pruned(model, [output, *(_ADJOINT + name for name in wanted)])
+    except Exception as error:  # young software: its own refusals, and whatever comes up in its code
+        raise NoGradient(_refusal(error)) from error
+    for info in model.graph.input:
+        if info.name == _ADJOINT + output:
+            shape = [*shapes[output], 1] if output in shapes else None
+            info.CopyFrom(onnx.helper.make_tensor_value_info(info.name, info.type.tensor_type.elem_type, shape))
+    return model
+
+
+def _exact_pads(derivative: onnx.ModelProto, part: onnx.ModelProto, shapes: Mapping[str, list[int]]) -> None:
+    """Let transposed convolutions undo the pads that a convolution or pooling has.
+
+    onnx-ad states their output shape, beside which ONNX ignores pads: it spreads what is missing evenly, which shifts
+    the adjoint wherever the pads of both ends differ or the last window stops short of the end. The shape follows from
+    the pads and from that overhang just as well.
+    """
+    own = {name for node in part.graph.node for name in node.output}
+    known = {**shapes, **{tensor.name: list(tensor.dims) for tensor in derivative.graph.initializer}}
+    for node in derivative.graph.node:
+        target = attribute(node, "output_shape")
+        if operator(node) != "ConvTranspose" or node.output[0] in own or target is None:
+            continue
+        windows = _windows(node, known)
+        if windows is None:
+            raise ValueError(f"the kernel {node.input[1]!r} of a convolution has no known shape")
+        pads = attribute(node, "pads", [0] * 2 * len(target))
+        padded = [size + a + b for size, a, b in zip(target, pads[: len(target)], pads[len(target) :], strict=True)]
+        overhang = [(size - kernel) % stride for size, (kernel, stride) in zip(padded, windows, strict=True)]
+        _set(node, output_shape=None, output_padding=overhang)
+
+
+def _reads(node: onnx.NodeProto) -> set[str]:
+    """Return the tensors that a node reads, in its branches and loop bodies too."""
+    return {name for name in (*node.input, *subgraph_inputs(node)) if name}
+
+
+def _label(node: onnx.NodeProto) -> str:
+    return f"{node.op_type} {node.name or node.output[0]!r}"
+
+
+def _refusal(error: Exception) -> str:
+    """Say why onnx-ad wrote no derivative, and which node it was at."""
+    # Its messages seldom name the node; its functions call it `node`.
+    frames = (frame.f_locals.get("node") for frame, _ in traceback.walk_tb(error.__traceback__))
+    nodes = [node for node in frames if isinstance(node, onnx.NodeProto)]
+    if not isinstance(error, onnx_ad.UnsupportedOperator):
+        place = f" at {_label(nodes[-1])}" if nodes else ""
+        return f"onnx-ad failed{place}: {_line(error)}"
+    if not nodes:
+        return f"no derivative: {_line(error)}"
+    if "no reverse rule" in str(error):
+        return f"{_label(nodes[-1])} has no known derivative"
+    return f"{_label(nodes[-1])} cannot be differentiated: {_line(error)}"
+
+
+def _line(error: Exception) -> str:
+    return str(error).strip().split("\n")[0] or type(error).__name__
