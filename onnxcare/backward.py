@@ -1,0 +1,99 @@
+"""Gradients through an experiment: of a cost by the activations at a cut, and by the model's own inputs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+
+from onnxcare.data import Inputs
+from onnxcare.experiment import Activations, Experiment
+from onnxcare.graph import surgery
+from onnxcare.graph.gradients import Gradients, NoGradient
+from onnxcare.runtime import Session
+
+Array = np.ndarray
+Slope = Callable[[Array], Array]  # scores [samples, classes] -> gradient of a cost with respect to them
+
+# A derivative runs on a fixed number of rows, fastest on as many as stay in the caches: 16 for convolutions, hundreds
+# for dense layers. That is this part of the rows that the memory of a run would bear, within bounds.
+_PART, _FEWEST, _MOST = 32, 16, 512
+
+
+class Backward:
+    """The part behind a tensor, forward and backward.
+
+    Attributes:
+        tensor: where the graph is cut.
+        boundary: names of the other tensors that cross the cut.
+    """
+
+    def __init__(self, experiment: Experiment, tensor: str) -> None:
+        """Write and load the derivative.
+
+        Raises:
+            NoGradient: an operator behind the tensor has no derivative.
+            ModelError: the scores do not depend on the tensor.
+        """
+        self._experiment = experiment
+        self._decision = experiment.decision
+        self.tensor = tensor
+        self.boundary: tuple[str, ...] = ()
+        self._gradients: Gradients | None = None
+        if tensor == experiment.logits:
+            return
+        what = str(experiment.model.path)
+        part, crossing = surgery.part_behind(experiment.copy, tensor, experiment.logits, what)
+        self.boundary = tuple(crossing)
+        names = [tensor, *crossing]
+        shapes = {
+            name: value.shape[1:]
+            for name, value in zip(names, experiment.tensors(names, experiment.probe), strict=True)
+        }
+        self._forward = Session(part, experiment.device, what=what)
+        self._rows = experiment.rows_of(part)
+        rows = _derivative_rows(self._rows)
+        self._gradients = Gradients(part, [tensor], experiment.logits, shapes, experiment.device, rows, what)
+
+    def cache(self, inputs: Inputs) -> Activations:
+        """Run the part in front of the cut once and return what is needed of it."""
+        base, *boundary = self._experiment.tensors([self.tensor, *self.boundary], inputs)
+        return Activations(base, dict(zip(self.boundary, boundary, strict=True)))
+
+    def scores(self, at: Activations) -> Array:
+        """Return the scores that activations lead to."""
+        if self._gradients is None:
+            return self._decision.scores(at.base)
+        return self._decision.scores(self._forward.run_rows(self._feeds(at), rows_per_run=self._rows)[0])
+
+    def slope(self, at: Activations, of: Slope) -> tuple[Array, Array]:
+        """Return the scores, and the gradient of a cost with respect to the activations at the cut."""
+        scores = self.scores(at)
+        seed = self._decision.pull_back(of(scores)).astype(at.base.dtype)
+        if self._gradients is None:
+            return scores, seed.reshape(at.base.shape)
+        return scores, self._gradients(self._feeds(at), seed)[1][self.tensor]
+
+    def _feeds(self, at: Activations) -> dict[str, Array]:
+        return {self.tensor: at.base, **at.boundary}
+
+
+def input_gradients(experiment: Experiment) -> Gradients:
+    """Return gradients of the logits with respect to the model's floating-point inputs.
+
+    Raises:
+        NoGradient: an operator on the way has no derivative, or no input is a floating-point one.
+    """
+    what = str(experiment.model.path)
+    part = surgery.expose(experiment.copy, [experiment.logits], what)
+    probe = experiment.probe
+    wanted = [name for name, value in probe.items() if np.issubdtype(value.dtype, np.floating)]
+    if not wanted:
+        raise NoGradient("the model has no floating-point input")
+    shapes = {name: value.shape[1:] for name, value in probe.items()}
+    rows = _derivative_rows(experiment.rows_of(part))
+    return Gradients(part, wanted, experiment.logits, shapes, experiment.device, rows, what)
+
+
+def _derivative_rows(allowed: int) -> int:
+    return min(allowed, max(_FEWEST, min(_MOST, allowed // _PART)))
