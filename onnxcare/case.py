@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import numpy as np
 
 from onnxcare.data import PartName, Splits
 from onnxcare.experiment import Experiment
-from onnxcare.graph import parameters
 from onnxcare.graph.parameters import Parameter
 from onnxcare.panel import Outcome, Panel
 from onnxcare.properties.base import Property
@@ -25,12 +24,13 @@ class Case:
     """A model to repair, with the evidence and the limits.
 
     Attributes:
-        experiment: the model on the operating table.
+        experiment: the model on the operating table: the original, or a candidate that is worked on further.
         splits: the data; a method must not look at the held-out part.
         properties: what the model must not do.
         keep: what a repair must keep.
         seed: fixes every random choice.
         progress: told in a few words what is being done.
+        original: the original, where `experiment` is a candidate: everything is compared with it.
     """
 
     experiment: Experiment
@@ -39,6 +39,7 @@ class Case:
     keep: Keep
     seed: int
     progress: Progress = lambda text: None
+    original: Experiment | None = None
     _panels: dict[tuple[PartName, int | None], Panel] = field(default_factory=dict, repr=False)
 
     def panel(self, part: PartName, limit: int | None = None) -> Panel:
@@ -47,17 +48,32 @@ class Case:
             raise ValueError("the held-out part is for the judge alone")
         key = (part, limit)
         if key not in self._panels:
-            clean = self.splits.part(part)
-            self._panels[key] = Panel.build(self.experiment, self.properties, self.keep, clean, part, limit)
+            clean, original = self.splits.part(part), self.original or self.experiment
+            self._panels[key] = Panel.build(original, self.properties, self.keep, clean, part, limit)
         return self._panels[key]
+
+    def patched(self, values: Mapping[Parameter, Array]) -> Case:
+        """Return the case with a candidate on the operating table, still compared with the original."""
+        original = self.original or self.experiment
+        return replace(self, experiment=self.experiment.patched(values), original=original)
+
+    def hunt(self) -> int:
+        """Let every property look for evidence that the model on the table still leaves; return how much was found."""
+        found = sum(item.hunt(self.experiment) for item in self.properties)
+        if found:
+            self.forget()
+        return found
+
+    def forget(self) -> None:
+        """Let go of panels whose evidence has grown."""
+        self._panels.clear()
 
     def read(self, parameter: Parameter) -> Array:
         """Return the present values of a parameter."""
-        model = self.experiment.model
-        return parameters.read(model.proto, parameter, model.path.parent)
+        return self.experiment.read(parameter)
 
     @cached_property
     def before(self) -> Outcome:
-        """What the original does on the validation part."""
+        """What the model on the table does on the validation part."""
         panel = self.panel("validation")
         return panel.outcomes(self.experiment.scores(panel.inputs)[None])[0]

@@ -212,6 +212,14 @@ def split(dataset: Dataset, shares: Sequence[float], seed: int) -> list[Dataset]
     return [dataset.take(np.sort(np.concatenate(rows))) for rows in parts]
 
 
+def joined(first: Dataset, second: Dataset) -> Dataset:
+    """Return the samples of two data sets; labels are kept where both have them."""
+    inputs = {name: np.concatenate([values, second.inputs[name]]) for name, values in first.inputs.items()}
+    if first.labels is None or second.labels is None:
+        return Dataset(inputs, None)
+    return Dataset(inputs, np.concatenate([first.labels, second.labels]))
+
+
 def without_overlap(holdout: Dataset, data: Dataset) -> tuple[Dataset, int]:
     """Return the held-out samples that do not also occur in `data`, and how many did."""
     seen = set(_row_hashes(data))

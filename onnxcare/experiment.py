@@ -6,6 +6,7 @@ made per intervention or per candidate: a family of P interventions is fed to on
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -15,10 +16,12 @@ import numpy as np
 import onnx
 
 from onnxcare.data import Inputs
-from onnxcare.errors import ModelError
+from onnxcare.decision import Decision
+from onnxcare.errors import ModelError, SpecError, nearest
 from onnxcare.graph import surgery
 from onnxcare.graph.layers import Layer, find_layers
-from onnxcare.graph.model import Model, numpy_dtype
+from onnxcare.graph.model import Model, Signature, numpy_dtype
+from onnxcare.graph.parameters import Parameter, encode, read, tensor_at
 from onnxcare.graph.sites import Site, find_sites
 from onnxcare.graph.view import GraphView, operator
 from onnxcare.runtime import Budget, Device, Session, batches
@@ -31,6 +34,8 @@ _TOLERANCE = 1e-4
 _KEPT = 4
 # Share of the memory that the cached activations at one cut may take.
 _CACHED = 0.25
+# So many samples tell the order of magnitude of the scores.
+_SCALED_BY = 1000
 
 _Key = TypeVar("_Key")
 _Value = TypeVar("_Value")
@@ -57,32 +62,70 @@ class Experiment:
 
     Attributes:
         model: the original.
+        copy: the model that experiments run; its weights are the original's, or a candidate's (`patched`).
         layers: what can be rewritten.
         sites: what can be intervened on.
         output: the output that is judged.
-        logits: the tensor that experiments compute for it (the input of a final Softmax).
+        logits: the tensor that experiments compute for it (the input of a final Softmax or Sigmoid).
+        decision: how an answer is read.
+        classes: how many answers there are.
         probe: inputs of two samples, for trying things out.
     """
 
-    def __init__(self, model: Model, device: Device, memory: int, probe: Inputs) -> None:
+    def __init__(
+        self,
+        model: Model,
+        device: Device,
+        memory: int,
+        probe: Inputs,
+        output: str | None = None,
+        decision: Decision | None = None,
+    ) -> None:
         """Make the copy and check on the probe rows that it answers as the original does.
 
+        Args:
+            model: the original.
+            device: where to run.
+            memory: bytes that activations may take.
+            probe: inputs of some samples: what the copy is checked on and scores are scaled by.
+            output: the output that is judged; None takes the first one that fits the decision.
+            decision: how an answer is read; None for the highest score.
+
         Raises:
-            ModelError: the model has no scores per class, cannot be cut, or its batch size cannot be relaxed.
+            ModelError: the model has no output that fits, cannot be cut, or its batch size cannot be relaxed.
         """
+        decision = decision or Decision()
         self.model = model
         self.device: Device = device
         self.memory = memory
         self.copy = surgery.experiment_copy(model)
         self._view = GraphView(model.proto)
-        self.output = class_scores(model)
+        self.output = judged_output(model, output, decision)
         graph = surgery.import_graph(self.copy, str(model.path))
-        self.logits = surgery.find_logits(graph, self.output)
+        self.logits, final = surgery.find_logits(graph, self.output, decision.finals)
         self._exposed: dict[tuple[str, ...], tuple[Session, int]] = {}
         self._suffixes: dict[tuple[str, str], Suffix] = {}
         self.probe = _first(probe, 2)
         self._check_copy(probe)
+        values = self.tensors([self.logits], _first(probe, _SCALED_BY))[0]
+        self.decision = replace(decision, final=final, column=values.ndim == 2).scaled(values)
+        self.classes = self.decision.scores(values).shape[-1]
         self.layers, self.sites = self._usable(surgery.upstream(graph, self.logits))
+
+    def patched(self, values: Mapping[Parameter, Array]) -> Experiment:
+        """Return the same experiment on a copy with new values for some parameters."""
+        other = copy.copy(self)
+        other.copy = onnx.ModelProto()
+        other.copy.CopyFrom(self.copy)
+        for parameter, new in values.items():
+            tensor = tensor_at(other.copy, parameter.path)
+            tensor.ParseFromString(encode(other.copy, parameter, new))
+        other._exposed, other._suffixes = {}, {}
+        return other
+
+    def read(self, parameter: Parameter) -> Array:
+        """Return the present values of a parameter, those of the candidate where the experiment is patched."""
+        return read(self.copy, parameter, self.model.path.parent)
 
     def _check_copy(self, probe: Inputs) -> None:
         """Compare the copy on several rows, never as many as the file fixes, with the original on single ones."""
@@ -165,12 +208,12 @@ class Experiment:
         return session, self.rows_of(part)
 
     def scores(self, inputs: Inputs, source: str = "the data") -> Array:
-        """Return the logits [samples, classes]; `source` names the inputs in errors.
+        """Return the scores [samples, classes]; `source` names the inputs in errors.
 
         Raises:
             ModelError: the model answers NaN or infinity.
         """
-        scores = self.tensors([self.logits], inputs)[0]
+        scores = self.decision.scores(self.tensors([self.logits], inputs)[0])
         bad = int((~np.isfinite(scores).all(axis=-1)).sum())
         if bad:
             raise ModelError(
@@ -240,6 +283,7 @@ class Suffix:
         cut = surgery.cut(experiment.copy, tensor, experiment.logits, one.shape[1:], kind, what)
         self._experiment = experiment
         self._boundary = cut.boundary
+        self._decision = experiment.decision
         self._session = Session(cut.suffix, experiment.device, what=what)
         self._rows = experiment.rows_of(cut.suffix)
         self._sample_bytes = one.nbytes * (1 + len(cut.boundary))
@@ -311,8 +355,8 @@ class Suffix:
                 run = feeds(family, rows) | {surgery.BASE: at.base[None, rows]}
                 for name, values in at.boundary.items():
                     run |= _boundary(name, values[rows], size)
-                scores = self._session.run(run)[0]
-                column.append(scores.reshape(*size, *scores.shape[1:]))
+                y = self._session.run(run)[0]
+                column.append(self._decision.scores(y.reshape(*size, *y.shape[1:])))
             columns.append(np.concatenate(column))
         return np.concatenate(columns, axis=1)
 
@@ -352,16 +396,40 @@ def _boundary(name: str, values: Array, size: tuple[int, int]) -> dict[str, Arra
     }
 
 
-def class_scores(model: Model) -> str:
-    """Return the name of the output that holds one score per class, [samples, classes].
+def judged_output(model: Model, wanted: str | None, decision: Decision) -> str:
+    """Return the name of the output that is judged: the wanted one, or the first that fits the decision.
 
     Raises:
-        ModelError: there is none.
+        SpecError: there is no output of the wanted name.
+        ModelError: it does not hold what the decision reads, or no output does.
     """
-    for output in model.outputs:
-        floating = output.dtype is not None and np.issubdtype(output.dtype, np.floating)
-        columns = output.shape[-1] if output.shape else None
-        if floating and len(output.shape) == 2 and columns != 1:
-            return output.name
-    listed = ", ".join(f"{o.name} {list(o.shape)}" for o in model.outputs)
-    raise ModelError(f"{model.path}: no output with one score per class, [samples, classes]; it answers {listed}")
+    known = {output.name: output for output in model.outputs}
+    if wanted is not None and wanted not in known:
+        raise SpecError(f"output: {model.path} has no output {wanted!r}{nearest(wanted, known)}; {_listed(model)}")
+    needed = "one score a sample" if decision.rule == "threshold" else "one score per class, [samples, classes]"
+    if wanted is not None:
+        if not _fits(known[wanted], decision):
+            raise ModelError(f"{model.path}: output {wanted!r} does not hold {needed}; {_listed(model)}")
+        return wanted
+    fitting = [name for name, output in known.items() if _fits(output, decision)]
+    if not fitting:
+        other, written = (_THRESHOLD, "{threshold: 0.5}") if decision.rule != "threshold" else (Decision(), "argmax")
+        suited = next((output.name for output in model.outputs if _fits(output, other)), None)
+        advice = f"; for {suited} give decision: {written}" if suited is not None else ""
+        raise ModelError(f"{model.path}: no output with {needed}; {_listed(model)}{advice}")
+    return fitting[0]
+
+
+_THRESHOLD = Decision("threshold")
+
+
+def _fits(output: Signature, decision: Decision) -> bool:
+    if output.dtype is None or not np.issubdtype(output.dtype, np.floating):
+        return False
+    if decision.rule == "threshold":
+        return len(output.shape) == 1 or (len(output.shape) == 2 and output.shape[-1] == 1)
+    return len(output.shape) == 2 and output.shape[-1] != 1
+
+
+def _listed(model: Model) -> str:
+    return "it answers " + ", ".join(f"{output.name} {list(output.shape)}" for output in model.outputs)

@@ -1,257 +1,223 @@
-"""The judge: what a repaired file does on data that neither localisation nor search has seen.
+"""The judge: what a file does on data that neither localisation nor search has seen.
 
-It knows nothing of how a repair was found. It opens the original and the repaired file in fresh sessions, measures both
-on the held-out part, and lets the measured rates decide; exact (Clopper-Pearson) intervals and counts stand beside
-them, and a held-out part too small to tell a threshold from zero is said to be so.
+It knows nothing of how a repair was found. It opens every file in a fresh session and lets properties and guards
+measure it on the held-out part; exact intervals and counts stand beside the measured values. A repair is judged
+against the original; `check` judges a file alone, or against a baseline.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from onnxcare.data import Dataset
+from onnxcare.data import Dataset, Inputs
+from onnxcare.decision import Decision
 from onnxcare.errors import ModelError
-from onnxcare.properties.base import Property
-from onnxcare.runtime import Session
+from onnxcare.graph import surgery
+from onnxcare.graph.model import Model
+from onnxcare.measures import Finding, Gauge, Measure, Verdict, clopper_pearson, samples_needed
+from onnxcare.runtime import Device, Session
 from onnxcare.spec import Keep
+
+if TYPE_CHECKING:
+    from onnxcare.properties.base import Property
 
 Array = np.ndarray
 
-CONFIDENCE = 0.95
+# A file whose batch size is fixed runs as it is on so many samples. On more of them a copy with a free batch size runs,
+# if it answers the same on some of them.
+_ROW_BY_ROW, _COMPARED, _SAME = 20_000, 256, 1e-5
 
 
-@dataclass(frozen=True)
-class Rate:
-    """A measured share, with its counts and exact 95 % interval."""
-
-    count: int
-    total: int
-    low: float
-    high: float
-
-    @classmethod
-    def of(cls, happened: Array) -> Rate:
-        """Count a bool array."""
-        count, total = int(happened.sum()), int(happened.size)
-        low, high = clopper_pearson(count, total)
-        return cls(count, total, low, high)
-
-    @property
-    def value(self) -> float:
-        """The share itself; NaN of nothing."""
-        return self.count / self.total if self.total else math.nan
-
-
-@dataclass(frozen=True)
-class PropertyFinding:
-    """What was found about one property.
+class Witness:
+    """One file in a fresh session.
 
     Attributes:
-        name: the property.
-        kind: its kind.
-        before: rate of the original on bad samples (for a backdoor: attack success).
-        after: rate of the repaired model there.
-        baseline_before: rate of the original on relevant clean samples (for a backdoor: confusion).
-        baseline_after: rate of the repaired model there.
-        excess_before: `before` above the original's baseline.
-        excess: `after` above the smaller baseline: the worse of the two counts.
-        restored: bad samples that get their true label after the repair; None without labels.
-        limit: the excess that is tolerated.
-        passed: whether `excess` is within the limit.
-        notes: what the reader should know.
+        model: the file.
+        decision: how its output is read.
+        output: that output.
+        device: where it runs.
+        rows_per_run: how many samples fit into memory at once.
     """
 
-    name: str
-    kind: str
-    before: Rate
-    after: Rate
-    baseline_before: Rate
-    baseline_after: Rate
-    excess_before: float
-    excess: float
-    restored: Rate | None
-    limit: float
-    passed: bool
-    notes: tuple[str, ...]
+    def __init__(self, model: Model, output: str, decision: Decision, device: Device, rows_per_run: int) -> None:
+        """Open the file; `decision` may be that of an experiment, here the output itself is read."""
+        self.model = model
+        self.decision = decision.of_output()
+        self.device: Device = device
+        self.rows_per_run = rows_per_run
+        self.output = output
+        self._session = Session(model.path, device)
+        self._free: Session | None = None
+        self._recent: list[tuple[Inputs, Array]] = []
+
+    def scores(self, inputs: Inputs) -> Array:
+        """Return the scores [samples, classes]; those of the last two inputs are kept.
+
+        Raises:
+            ModelError: the model answers NaN or infinity.
+        """
+        for known, scores in self._recent:
+            if known is inputs:
+                return scores
+        found = self.decision.scores(self._answers(inputs))
+        self._recent = [*self._recent[-1:], (inputs, found)]
+        return found
+
+    def _freed(self, inputs: Inputs) -> Session | None:
+        """Return a session on the file with its fixed batch size made free, or None if it does not answer the same.
+
+        A million samples one by one would take minutes.
+        """
+        sizes = [shape[0] for _, _, shape in self._session.inputs if shape and isinstance(shape[0], int)]
+        if not sizes or max(sizes) >= self.rows_per_run:
+            return None
+        if self._free is None:
+            self._free = Session(surgery.experiment_copy(self.model), self.device, what=str(self.model.path))
+        few = {name: values[:_COMPARED] for name, values in inputs.items()}
+        expected, found = (
+            item.run_rows(few, [self.output], rows_per_run=self.rows_per_run)[0] for item in (self._session, self._free)
+        )
+        same = expected.shape == found.shape and np.allclose(expected, found, rtol=_SAME, atol=_SAME)
+        return self._free if same else None
+
+    def decide(self, inputs: Inputs) -> Array:
+        """Return the decisions, [samples]."""
+        found: Array = self.scores(inputs).argmax(axis=-1)
+        return found
+
+    def _answers(self, inputs: Inputs) -> Array:
+        samples = len(next(iter(inputs.values())))
+        session = self._session
+        if samples > _ROW_BY_ROW:
+            session = self._freed(inputs) or session
+        answers = session.run_rows(inputs, [self.output], rows_per_run=self.rows_per_run)[0]
+        bad = int((~np.isfinite(answers).reshape(len(answers), -1).all(axis=1)).sum())
+        if bad:
+            raise ModelError(f"{self._session.name}: answers NaN or infinity for {bad} of {len(answers)} samples")
+        return answers
 
 
 @dataclass(frozen=True)
-class ClassRecall:
-    """Recall of one class before and after."""
-
-    label: int
-    before: Rate
-    after: Rate
-
-    @property
-    def drop(self) -> float:
-        """Loss of recall; negative for a gain."""
-        return self.before.value - self.after.value
-
-
-@dataclass(frozen=True)
-class Guards:
-    """What must be kept on clean samples.
+class Court:
+    """What a property or a guard is measured on.
 
     Attributes:
-        before: accuracy of the original.
-        after: accuracy of the repaired model.
-        recalls: recall of every class that occurs.
-        changed: clean samples whose decision changed.
-        accuracy_limit: largest tolerated loss of accuracy.
-        recall_limit: largest tolerated loss of any class's recall.
+        after: the file that is judged.
+        before: the file it is compared with, or None.
+        clean: clean held-out samples; labels are the true ones, or the answers of the first file where the data has
+            none.
+        gauge: makes measures.
+        seed: fixes fresh samples; no search has used the same ones.
+        memory: bytes that a search for violations may take.
     """
 
-    before: Rate
-    after: Rate
-    recalls: tuple[ClassRecall, ...]
-    changed: Rate
-    accuracy_limit: float
-    recall_limit: float
+    after: Witness
+    before: Witness | None
+    clean: Dataset
+    gauge: Gauge = field(default_factory=Gauge)
+    seed: int = 1
+    memory: int = 1 << 30
 
     @property
-    def accuracy_drop(self) -> float:
-        """Loss of accuracy; negative for a gain."""
-        return self.before.value - self.after.value
-
-    @property
-    def worst_recall(self) -> ClassRecall:
-        """The class that lost most."""
-        return max(self.recalls, key=lambda item: item.drop)
-
-    @property
-    def passed(self) -> bool:
-        """Whether accuracy and every class's recall stayed within their limits."""
-        # Shares of integers: a drop of exactly the limit must pass in spite of rounding.
-        return self.accuracy_drop <= self.accuracy_limit + 1e-12 and self.worst_recall.drop <= self.recall_limit + 1e-12
+    def witnesses(self) -> list[Witness]:
+        """The files, the one that is judged last."""
+        return [item for item in (self.before, self.after) if item is not None]
 
 
-@dataclass(frozen=True)
-class Verdict:
-    """The judge's finding on held-out data."""
-
-    properties: tuple[PropertyFinding, ...]
-    guards: Guards
-
-    @property
-    def passed(self) -> bool:
-        """Whether every property and every guard passed."""
-        return self.guards.passed and all(finding.passed for finding in self.properties)
-
-
-def judge(
-    original: Session,
-    repaired: Session,
-    output: str,
-    holdout: Dataset,
-    properties: Sequence[Property],
-    keep: Keep,
-    rows_per_run: int,
-) -> Verdict:
-    """Compare two files on held-out data.
+def judge(court: Court, properties: Sequence[Property], keep: Keep) -> Verdict:
+    """Measure properties and guards.
 
     Args:
-        original: a fresh session on the original file.
-        repaired: a fresh session on the repaired file.
-        output: the output that is judged.
-        holdout: clean held-out samples with labels.
-        properties: each brings its own held-out bad samples.
+        court: the files and the held-out data.
+        properties: each brings its own samples.
         keep: the limits for clean samples.
-        rows_per_run: how many samples fit into memory at once.
 
     Raises:
         ModelError: a model answers NaN or infinity.
     """
-    truth = holdout.truth
-    sessions = original, repaired
-
-    def answers(dataset: Dataset) -> tuple[Array, Array]:
-        first, second = (_answers(session, output, dataset, rows_per_run) for session in sessions)
-        return first, second
-
-    before, after = answers(holdout)
     findings = []
     for item in properties:
-        bad = item.evidence("holdout").bad
-        findings.append(_finding(item, answers(bad), bad, (before, after), holdout))
-    right_before = before.argmax(axis=1) == truth
-    right_after = after.argmax(axis=1) == truth
-    recalls = []
-    for label in np.unique(truth):
+        found = item.measure(court)
+        findings.append(replace(found, notes=(*found.notes, *_too_small(found.measures, court.gauge))))
+    return Verdict(tuple(findings), _guards(court, keep))
+
+
+def _guards(court: Court, keep: Keep) -> Finding:
+    """Measure what has to be kept: accuracy, every class's recall, and more than one answer."""
+    truth, gauge = court.clean.truth, court.gauge
+    decisions = court.after.decide(court.clean.inputs)
+    before = None if court.before is None else court.before.decide(court.clean.inputs)
+    right = decisions == truth
+    right_before = None if before is None else before == truth
+    measures = [gauge.rate("accuracy", right, right_before, limit=keep.accuracy, higher_is_better=True)]
+    if right_before is not None:
+        measures.append(gauge.drop("accuracy drop", right_before, right, keep.accuracy_drop))
+    measures += _recalls(gauge, keep, truth, right, right_before)
+    if before is not None and right_before is not None:
+        broken = right_before & ~right
+        measures.append(gauge.rate("right answers broken", broken[right_before], limit=keep.broken))
+        measures.append(gauge.rate("decisions changed", before != decisions))
+    classes = len(np.unique(truth))
+    answered = len(np.unique(decisions))
+    if classes > 1 and answered == 1:
+        measures.append(_collapsed(float(answered), classes))
+    return Finding("kept", "guards", tuple(measures))
+
+
+def _collapsed(answered: float, classes: int) -> Measure:
+    """A model that gives one answer only keeps many properties for the wrong reason."""
+    return Measure(
+        f"classes answered, of {classes} that occur",
+        "number",
+        None,
+        answered,
+        2.0,
+        higher_is_better=True,
+        status="fail",
+    )
+
+
+def _recalls(gauge: Gauge, keep: Keep, truth: Array, right: Array, before: Array | None) -> list[Measure]:
+    labels = np.unique(truth)
+    found = []
+    for label in labels:
         mine = truth == label
-        recalls.append(ClassRecall(int(label), Rate.of(right_before[mine]), Rate.of(right_after[mine])))
-    guards = Guards(
-        before=Rate.of(right_before),
-        after=Rate.of(right_after),
-        recalls=tuple(recalls),
-        changed=Rate.of(before.argmax(axis=1) != after.argmax(axis=1)),
-        accuracy_limit=keep.accuracy_drop,
-        recall_limit=keep.recall_drop,
-    )
-    return Verdict(tuple(findings), guards)
+        name = f"recall of class {label}"
+        was = None if before is None else before[mine]
+        found.append(gauge.rate(name, right[mine], was, limit=keep.recall, higher_is_better=True))
+        if before is not None:
+            found.append(gauge.drop(f"recall drop of class {label}", before[mine], right[mine], keep.recall_drop))
+    recall = np.mean([right[truth == label].mean() for label in labels])
+    if before is None:
+        return [*found, gauge.points("balanced accuracy", float(recall), unit="rate")]
+    recall_before = np.mean([before[truth == label].mean() for label in labels])
+    # The mean of every class's interval holds wherever all of them do; each class gets its part of the error.
+    shared = Gauge(1 - (1 - gauge.confidence) / len(labels))
+    drops = [shared.drop("", before[truth == label], right[truth == label], None) for label in labels]
+    interval = tuple(float(np.mean([getattr(item, end) for item in drops])) for end in ("low", "high"))
+    drop = float(recall_before - recall)
+    limit = keep.balanced_accuracy_drop
+    return [
+        *found,
+        gauge.points("balanced accuracy", float(recall), float(recall_before), unit="rate"),
+        gauge.points("balanced accuracy drop", drop, None, limit=limit, interval=(interval[0], interval[1])),
+    ]
 
 
-def _finding(
-    item: Property,
-    bad_scores: tuple[Array, Array],
-    bad: Dataset,
-    clean_scores: tuple[Array, Array],
-    holdout: Dataset,
-) -> PropertyFinding:
-    relevant = item.relevant(holdout)
-    before, after = (Rate.of(item.misbehaves(scores)) for scores in bad_scores)
-    baselines = [Rate.of(item.misbehaves(scores)[relevant]) for scores in clean_scores]
-    floors = [rate.value if rate.total else 0.0 for rate in baselines]
-    excess = after.value - min(floors)
-    restored = None
-    if bad.labels is not None:
-        restored = Rate.of(bad_scores[1].argmax(axis=1) == bad.labels)
-    return PropertyFinding(
-        name=item.name,
-        kind=item.kind,
-        before=before,
-        after=after,
-        baseline_before=baselines[0],
-        baseline_after=baselines[1],
-        excess_before=before.value - floors[0],
-        excess=excess,
-        restored=restored,
-        limit=item.max_rate,
-        passed=excess <= item.max_rate + 1e-12,
-        notes=(*item.notes, *_too_small(after.total, item.max_rate)),
-    )
-
-
-def _too_small(total: int, limit: float) -> tuple[str, ...]:
-    """Say when not even zero misbehaving samples would put the interval below the limit."""
-    if limit <= 0 or limit >= 1 or clopper_pearson(0, total)[1] <= limit:
-        return ()
-    needed = math.ceil(math.log((1 - CONFIDENCE) / 2) / math.log1p(-limit))
-    return (
-        f"{total} held-out samples cannot tell {limit:.2%} from zero with {CONFIDENCE:.0%} confidence; {needed} would.",
-    )
-
-
-def _answers(session: Session, output: str, dataset: Dataset, rows_per_run: int) -> Array:
-    feeds = {name: dataset.inputs[name] for name, _, _ in session.inputs}
-    scores = session.run_rows(feeds, [output], rows_per_run=rows_per_run)[0]
-    if not np.isfinite(scores).all():
-        bad = int((~np.isfinite(scores).all(axis=1)).sum())
-        raise ModelError(f"{session.name}: answers NaN or infinity for {bad} of {len(scores)} samples")
-    return scores
-
-
-def clopper_pearson(count: int, total: int, confidence: float = CONFIDENCE) -> tuple[float, float]:
-    """Return the exact two-sided confidence interval of a share (Clopper and Pearson, 1934)."""
-    from scipy.special import betaincinv
-
-    if total == 0:
-        return 0.0, 1.0
-    tail = (1 - confidence) / 2
-    low = 0.0 if count == 0 else float(betaincinv(count, total - count + 1, tail))
-    high = 1.0 if count == total else float(betaincinv(count + 1, total - count, 1 - tail))
-    return low, high
+def _too_small(measures: Sequence[Measure], gauge: Gauge) -> tuple[str, ...]:
+    """Say when not even zero misbehaving samples would put an interval below its limit."""
+    for item in measures:
+        rate, limit = item.after, item.limit
+        if limit is None or item.higher_is_better or not 0 < limit < 1 or isinstance(rate, float):
+            continue
+        if clopper_pearson(0, rate.total, gauge.confidence)[1] > limit:
+            needed = samples_needed(0.0, limit, gauge.confidence)
+            return (
+                f"{rate.total} held-out samples cannot tell {limit:.2%} from zero with {gauge.confidence:.0%} "
+                f"confidence; {needed} would.",
+            )
+    return ()

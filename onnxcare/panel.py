@@ -6,8 +6,10 @@ candidates needs one run. Everything is compared with what the original model an
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
 
 import numpy as np
 
@@ -17,6 +19,7 @@ from onnxcare.properties.base import (
     Evidence,
     Property,
     divergence,
+    divergence_gradient,
     log_softmax,
 )
 from onnxcare.spec import Keep
@@ -26,6 +29,8 @@ Array = np.ndarray
 # What one unit of a broken limit costs in the smooth objective. Divergences are around 0.01 for good repairs, so a
 # lost point of recall outweighs any gain in closeness.
 _PENALTY = 5.0
+# Limits that are used up by less than this on validation data are safe on other data.
+_COMFORT = 0.5
 
 
 @dataclass(frozen=True)
@@ -36,22 +41,35 @@ class Outcome:
         excess: for every property, its rate above the baseline (the worse of two, see `excess`).
         accuracy_drop: loss of accuracy on clean samples.
         recall_drop: largest loss of recall of any class.
+        broken: share of right answers that became wrong.
         drift: KL(original || candidate) on clean samples.
         loss: sum of the properties' smooth losses.
         violation: sum of all broken limits.
+        strain: the share of a limit that is used up, of the limit that is used up most; more than 1 breaks it.
     """
 
     excess: tuple[float, ...]
     accuracy_drop: float
     recall_drop: float
+    broken: float
     drift: float
     loss: float
     violation: float
+    strain: float
 
     @property
     def cost(self) -> float:
-        """The number by which candidates are ranked: closeness, plus a price for every broken limit."""
+        """Closeness to the original, plus a price for every broken limit: what searches minimise."""
         return self.loss + self.drift + _PENALTY * self.violation
+
+    @property
+    def rank(self) -> tuple[float, float]:
+        """The order in which candidates are chosen: away from every limit first, then at the least cost.
+
+        Whoever stays within half of every limit is as good as another who does, and among those who break one the
+        cost decides, in which every broken limit has its price.
+        """
+        return (max(_COMFORT, self.strain) if self.strain <= 1 else math.inf), self.cost
 
 
 @dataclass(frozen=True)
@@ -64,7 +82,7 @@ class Panel:
         bad: rows of each property's bad samples.
         evidence: the evidence of each property.
         reference: log-probabilities of the original on the clean samples.
-        twins: log-probabilities of the original on each property's twins, or None.
+        goals: log-probabilities that each property's bad samples should get, or None.
     """
 
     properties: Sequence[Property]
@@ -74,12 +92,12 @@ class Panel:
     bad: tuple[slice, ...]
     evidence: tuple[Evidence, ...]
     reference: Array
-    twins: tuple[Array | None, ...]
+    goals: tuple[Array | None, ...]
 
     @classmethod
     def build(
         cls,
-        experiment: Experiment,
+        original: Experiment,
         properties: Sequence[Property],
         keep: Keep,
         clean: Dataset,
@@ -91,33 +109,60 @@ class Panel:
         evidence = []
         for item in properties:
             found = item.evidence(part)
-            twins = None if found.twins is None else _thin(found.twins, limit)
-            evidence.append(Evidence(_thin(found.bad, limit), twins))
+            # Rows of one case lie side by side, so that a case is kept whole or not at all.
+            twins = None if found.twins is None else _thin(found.twins, limit, item.rows_per_case)
+            evidence.append(Evidence(_thin(found.bad, limit, item.rows_per_case), twins))
         start = len(clean)
-        rows = []
-        for found in evidence:
+        rows, goals = [], []
+        for item, found in zip(properties, evidence, strict=True):
             rows.append(slice(start, start + len(found.bad)))
             start += len(found.bad)
+            goals.append(_goal(original, item, found))
         everything = [clean.inputs, *(found.bad.inputs for found in evidence)]
         inputs = {name: np.concatenate([p[name] for p in everything]) for name in clean.inputs}
-        return cls(
-            properties,
-            keep,
-            inputs,
-            clean,
-            tuple(rows),
-            tuple(evidence),
-            log_softmax(experiment.scores(clean.inputs)),
-            tuple(
-                None if found.twins is None else log_softmax(experiment.scores(found.twins.inputs))
-                for found in evidence
-            ),
-        )
+        reference = log_softmax(original.scores(clean.inputs))
+        return cls(properties, keep, inputs, clean, tuple(rows), tuple(evidence), reference, tuple(goals))
 
     @property
     def clean_rows(self) -> slice:
         """Rows of the clean samples."""
         return slice(0, len(self.clean))
+
+    @cached_property
+    def _per_class(self) -> Array:
+        """Return the weights with which right answers add up to every class's recall, [classes, samples]."""
+        labels = self.clean.truth
+        member = (labels == np.unique(labels)[:, None]).astype(float)
+        return member / member.sum(axis=1, keepdims=True)
+
+    def batch(self, number: int, of: int) -> tuple[Panel, Array]:
+        """Return one of several panels that share out the samples evenly, and the rows of this one that it has."""
+        rows = [np.arange(len(self.clean))[number::of]]
+        evidence, goals, bad = [], [], []
+        start = len(rows[0])
+        for item, where, found, goal in self._parts():
+            cases = np.arange(len(found.bad) // item.rows_per_case)[number::of]
+            mine = (cases[:, None] * item.rows_per_case + np.arange(item.rows_per_case)).reshape(-1)
+            rows.append(where.start + mine)
+            twins = None if found.twins is None else found.twins.take(mine)
+            evidence.append(Evidence(found.bad.take(mine), twins))
+            goals.append(None if goal is None else goal[mine])
+            bad.append(slice(start, start + len(mine)))
+            start += len(mine)
+        taken = np.concatenate(rows)
+        inputs = {name: values[taken] for name, values in self.inputs.items()}
+        clean = self.clean.take(rows[0])
+        reference = self.reference[rows[0]]
+        part = replace(
+            self,
+            inputs=inputs,
+            clean=clean,
+            bad=tuple(bad),
+            evidence=tuple(evidence),
+            reference=reference,
+            goals=tuple(goals),
+        )
+        return part, taken
 
     def costs(self, scores: Array) -> Array:
         """Return the smooth objective of a family, scores [P, rows, classes] -> [P].
@@ -125,64 +170,131 @@ class Panel:
         Hard rates are flat almost everywhere; here accuracy and recall count by the probability given to the
         true class, so that every candidate has a slope.
         """
-        log_probs = log_softmax(scores)
-        clean = log_probs[:, self.clean_rows]
-        total = divergence(self.reference, clean)
-        for item, rows, twins in zip(self.properties, self.bad, self.twins, strict=True):
-            total = total + item.loss(log_probs[:, rows], twins)
-        labels = self.clean.truth
-        picked = np.exp(clean[:, np.arange(len(labels)), labels])
-        before = np.exp(self.reference[np.arange(len(labels)), labels])
-        lost = before - picked
-        total = total + _PENALTY * np.maximum(0, lost.mean(axis=1) - self.keep.accuracy_drop)
-        for label in np.unique(labels):
-            drop = lost[:, labels == label].mean(axis=1)
-            total = total + _PENALTY * np.maximum(0, drop - self.keep.recall_drop)
+        log_probs = log_softmax(scores[:, self.clean_rows])
+        total = divergence(self.reference, log_probs)
+        for item, rows, found, goal in self._parts():
+            if len(found.bad):
+                total = total + item.loss(scores[:, rows], found.bad, goal)
+        for _, lost, limit in self._soft_drops(log_probs):
+            total = total + _PENALTY * np.maximum(0, lost - limit)
         return total
+
+    def gradient(self, scores: Array) -> Array:
+        """Return the gradient of one candidate's cost, scores [rows, classes] -> [rows, classes]."""
+        log_probs = log_softmax(scores[self.clean_rows])
+        found = np.zeros(scores.shape)
+        clean = found[self.clean_rows]
+        clean += divergence_gradient(self.reference, log_probs)
+        for item, rows, evidence, goal in self._parts():
+            if len(evidence.bad):
+                found[rows] += item.loss_gradient(scores[rows], evidence.bad, goal)
+        p = np.exp(log_probs)
+        labels = self.clean.truth
+        rows_of = np.arange(len(labels))
+        # d p_true / d scores = p_true (onehot - p)
+        slope = -p[rows_of, labels][:, None] * p
+        slope[rows_of, labels] += p[rows_of, labels]
+        for weights, lost, limit in self._soft_drops(log_probs[None]):
+            if lost[0] > limit:
+                clean -= _PENALTY * weights[:, None] * slope
+        return found
+
+    def _soft_drops(self, log_probs: Array) -> Iterator[tuple[Array, Array, float]]:
+        """Yield for every guard the weights of the samples, the smooth drop [P] of the family, and its limit."""
+        labels = self.clean.truth
+        rows_of = np.arange(len(labels))
+        lost = np.exp(self.reference[rows_of, labels]) - np.exp(log_probs[:, rows_of, labels])
+        even = np.full(len(labels), 1 / len(labels))
+        per_class = self._per_class
+        yield even, lost @ even, self.keep.accuracy_drop
+        for weights in per_class:
+            yield weights, lost @ weights, self.keep.recall_drop
+        balanced = per_class.mean(axis=0)
+        yield balanced, lost @ balanced, self.keep.balanced_accuracy_drop
+
+    def _parts(self) -> Iterator[tuple[Property, slice, Evidence, Array | None]]:
+        yield from zip(self.properties, self.bad, self.evidence, self.goals, strict=True)
 
     def outcomes(self, scores: Array) -> list[Outcome]:
         """Return the measured outcome of every member of a family, scores [P, rows, classes]."""
         return [self._outcome(member) for member in scores]
 
     def _outcome(self, scores: Array) -> Outcome:
-        log_probs = log_softmax(scores)
         clean = scores[self.clean_rows]
         before = self.reference.argmax(axis=-1) == self.clean.labels
         after = clean.argmax(axis=-1) == self.clean.labels
+        per_class, sizes = self._per_class, np.unique(self.clean.truth, return_counts=True)[1]
+        drops = per_class @ before - per_class @ after
+        broken = float((before & ~after).sum() / max(1, before.sum()))
         accuracy_drop = float(before.mean() - after.mean())
-        recall_drop = float(max(recalls(self.clean, before) - recalls(self.clean, after)))
-        excesses, loss, violation = [], 0.0, 0.0
-        for item, rows, twins in zip(self.properties, self.bad, self.twins, strict=True):
-            found = excess(item, scores[rows], self.clean, self.reference, clean)
-            excesses.append(found)
-            loss += float(item.loss(log_probs[rows], twins))
-            violation += max(0.0, found - item.max_rate)
-        violation += max(0.0, accuracy_drop - self.keep.accuracy_drop)
-        violation += max(0.0, recall_drop - self.keep.recall_drop)
-        drift = float(divergence(self.reference, log_probs[self.clean_rows]))
-        return Outcome(tuple(excesses), accuracy_drop, recall_drop, drift, loss, violation)
+        held = [
+            _Held(accuracy_drop, self.keep.accuracy_drop, len(after)),
+            *(_Held(float(drop), self.keep.recall_drop, size) for drop, size in zip(drops, sizes, strict=True)),
+            _Held(float(drops.mean()), self.keep.balanced_accuracy_drop, len(after)),
+        ]
+        if self.keep.broken is not None:
+            held.append(_Held(broken, self.keep.broken, int(before.sum())))
+        excesses, loss = [], 0.0
+        for item, rows, evidence, goal in self._parts():
+            above = excess(item, scores[rows], evidence.bad, self.clean, self.reference, clean)
+            excesses.append(above)
+            if len(evidence.bad):
+                loss += float(item.loss(scores[rows], evidence.bad, goal))
+            if item.max_rate is not None:
+                held.append(_Held(above, item.max_rate, max(1, len(evidence.bad) // item.rows_per_case)))
+        return Outcome(
+            excess=tuple(excesses),
+            accuracy_drop=accuracy_drop,
+            recall_drop=float(drops.max()),
+            broken=broken,
+            drift=float(divergence(self.reference, log_softmax(clean))),
+            loss=loss,
+            violation=sum(max(0.0, item.value - item.limit) for item in held),
+            strain=max(item.strain for item in held),
+        )
 
 
-def recalls(clean: Dataset, right: Array) -> Array:
-    """Return the recall of every class that occurs, in order of the classes."""
-    return np.array([right[clean.truth == label].mean() for label in np.unique(clean.truth)])
+@dataclass(frozen=True)
+class _Held:
+    """A value that has to keep a limit, and the number of samples it was measured on."""
+
+    value: float
+    limit: float
+    samples: int
+
+    @property
+    def strain(self) -> float:
+        """The share of the limit that is used up; what a sample or two decide is not told from chance.
+
+        A limit of zero is meant: there a single sample counts.
+        """
+        return self.value / max(self.limit, (2 if self.limit else 1) / self.samples)
 
 
-def excess(item: Property, bad: Array, clean: Dataset, before: Array, after: Array) -> float:
+def excess(item: Property, scores: Array, bad: Dataset, clean: Dataset, before: Array, after: Array) -> float:
     """Return a property's rate above its baseline.
 
     The baseline is the share of relevant clean samples that are answered like bad ones, for the original (`before`)
     or the candidate (`after`); the smaller one is taken off, so that the worse excess counts.
     """
-    rate = float(item.misbehaves(bad).mean())
+    rate = float(item.rate(scores, bad))
     relevant = item.relevant(clean)
     if not relevant.any():
         return rate
-    baselines = [float(item.misbehaves(scores)[relevant].mean()) for scores in (before, after)]
+    baselines = [float(item.misbehaves(answers, clean)[relevant].mean()) for answers in (before, after)]
     return rate - min(baselines)
 
 
-def _thin(dataset: Dataset, limit: int | None) -> Dataset:
+def _goal(original: Experiment, item: Property, found: Evidence) -> Array | None:
+    if not len(found.bad):
+        return None
+    twins = None if found.twins is None else original.scores(found.twins.inputs)
+    return item.goal(original.scores(found.bad.inputs), twins, found.bad.labels)
+
+
+def _thin(dataset: Dataset, limit: int | None, together: int = 1) -> Dataset:
+    """Return at most `limit` samples, evenly spaced; runs of `together` rows stay whole."""
     if limit is None or len(dataset) <= limit:
         return dataset
-    return dataset.take(np.linspace(0, len(dataset) - 1, limit).astype(int))
+    cases = np.linspace(0, len(dataset) // together - 1, max(1, limit // together)).astype(int)
+    return dataset.take((cases[:, None] * together + np.arange(together)).reshape(-1))

@@ -1,4 +1,4 @@
-"""The result objects of locate and fix: every report is rendered from them."""
+"""The result objects of locate, check and fix: every report is rendered from them."""
 
 from __future__ import annotations
 
@@ -6,8 +6,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from onnxcare.findings import StaticFinding
 from onnxcare.graph.patch import TensorChange
-from onnxcare.judge import Verdict
+from onnxcare.measures import Status as CheckStatus
+from onnxcare.measures import Verdict, worst
 from onnxcare.repair.base import Candidate
 
 Status = Literal["repaired", "not repaired", "nothing to repair"]
@@ -104,6 +106,7 @@ class Fix:
         chosen: the candidate that was judged.
         candidates: all that were compared on validation data.
         details: what else the method says about how it was found.
+        notes: what the user should know about the repair, in whole sentences.
         seconds: wall-clock time.
     """
 
@@ -117,9 +120,47 @@ class Fix:
     chosen: Candidate | None
     candidates: Sequence[Candidate]
     details: Mapping[str, Any]
+    notes: Sequence[str]
     seconds: float
 
     @property
     def exit_code(self) -> int:
         """0 where nothing is left to repair, else 1."""
         return 0 if self.status != "not repaired" else 1
+
+
+@dataclass(frozen=True)
+class Check:
+    """Result of `check`.
+
+    Attributes:
+        run: what it was made with; None where the file is not safe to run.
+        model: the file that was checked.
+        spec: what it was checked against.
+        baseline: the file it was compared with, or None.
+        confidence: level of the intervals.
+        verdict: what was measured; None where the file is not safe to run.
+        static: what the graph itself shows.
+        seconds: wall-clock time.
+    """
+
+    run: Run | None
+    model: str
+    spec: str
+    baseline: str | None
+    confidence: float
+    verdict: Verdict | None
+    static: Sequence[StaticFinding]
+    seconds: float
+
+    @property
+    def status(self) -> CheckStatus:
+        """`pass`, `fail` or `undecided`; an error in the graph fails, warnings are told."""
+        if self.verdict is None or any(item.level == "error" for item in self.static):
+            return "fail"
+        return worst(["pass", self.verdict.status])
+
+    @property
+    def exit_code(self) -> int:
+        """0 for a pass, else 1: what is undecided never passes."""
+        return 0 if self.status == "pass" else 1

@@ -3,23 +3,25 @@
     data: repair.npz            # arrays named like the model's inputs, or x; labels y
     holdout: test.npz           # optional; otherwise a part of data is held out
     labels: y                   # optional: the key of the labels
+    output: scores              # optional: the output that is judged, where there are several
+    decision: argmax            # or argmin (scores are costs), or {threshold: 0.5} (one score)
+    bounds: {low: [0, 0], high: [1, 90]}     # optional: the range of every input value
+    confidence: 0.99            # optional: intervals, not measured rates, have to keep the limits
     properties:
-      - name: white-square
-        kind: backdoor
-        trigger: trigger.npz    # arrays mask and pattern: x' = x * (1 - mask) + pattern * mask
-        target: 1
-        max_rate: 0.01          # attack success above the clean confusion rate
+      - {name: white-square, kind: backdoor, trigger: trigger.npz, target: 1, max_rate: 0.01}
+      - {name: sex, kind: fairness, protected: {sex: {column: 8, values: [0, 1]}}, max_rate: 0.01}
+      - {name: far, kind: safety, vnnlib: far.vnnlib}
+      - {name: fours, kind: errors, label: 4, max_rate: 0.5}
     keep: {accuracy_drop: 0.01, recall_drop: 0.05}
     seed: 1
 
-Paths are relative to the spec. Instead of `trigger`, `triggered: file.npz` gives triggered samples directly, and
-`triggered_holdout: file.npz` those that only the judge may see. Rates and drops are shares: 0.01 is one point.
+Paths are relative to the spec. Rates and drops are shares: 0.01 is one point. The README explains every kind.
 """
 
 from __future__ import annotations
 
 import reprlib
-from collections.abc import Hashable
+from collections.abc import Hashable, Iterable
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -44,6 +46,8 @@ def _relative(path: Path, info: ValidationInfo) -> Path:
 
 DataPath = Annotated[Path, AfterValidator(_relative)]
 Share = Annotated[float, Field(ge=0, le=1, strict=True)]
+Number = Annotated[float, Field(strict=True, allow_inf_nan=False)]
+Class = Annotated[int, Field(ge=0, strict=True)]
 
 
 class _Section(BaseModel):
@@ -56,13 +60,51 @@ class Keep(_Section):
     Attributes:
         accuracy_drop: largest loss of accuracy.
         recall_drop: largest loss of recall of any class.
+        balanced_accuracy_drop: largest loss of the mean recall.
+        broken: largest share of right answers that may become wrong; None for no limit.
+        accuracy: least accuracy, whatever it was before; None for no limit.
+        recall: least recall of any class; None for no limit.
     """
 
     accuracy_drop: Share = 0.01
     recall_drop: Share = 0.05
+    balanced_accuracy_drop: Share = 0.02
+    broken: Share | None = None
+    accuracy: Share | None = None
+    recall: Share | None = None
 
 
-class BackdoorSpec(_Section):
+class Threshold(_Section):
+    """One score decides: class 1 above the threshold, class 0 else."""
+
+    threshold: Annotated[float, Field(strict=True, allow_inf_nan=False)]
+
+
+class Bounds(_Section):
+    """The range of every value of the model's input, flattened, samples left out."""
+
+    low: Annotated[list[Number], Field(min_length=1)]
+    high: Annotated[list[Number], Field(min_length=1)]
+
+    @model_validator(mode="after")
+    def _ordered(self) -> Bounds:
+        if len(self.low) != len(self.high):
+            raise ValueError(f"low has {len(self.low)} values, high has {len(self.high)}")
+        for index, (low, high) in enumerate(zip(self.low, self.high, strict=True)):
+            if low > high:
+                raise ValueError(f"low {low:g} is above high {high:g} at value {index}")
+        return self
+
+
+class _PropertySpec(_Section):
+    name: Annotated[str, Field(min_length=1)]
+
+    def files(self) -> list[Path]:
+        """Return the files that the property names."""
+        return [value for name in type(self).model_fields if isinstance(value := getattr(self, name), Path)]
+
+
+class BackdoorSpec(_PropertySpec):
     """A hidden trigger makes the model answer `target`.
 
     Attributes:
@@ -74,12 +116,11 @@ class BackdoorSpec(_Section):
         max_rate: attack success that is tolerated above the clean confusion rate.
     """
 
-    name: Annotated[str, Field(min_length=1)]
     kind: Literal["backdoor"]
     trigger: DataPath | None = None
     triggered: DataPath | None = None
     triggered_holdout: DataPath | None = None
-    target: Annotated[int, Field(ge=0, strict=True)]
+    target: Class
     max_rate: Share = 0.01
 
     @model_validator(mode="after")
@@ -91,16 +132,119 @@ class BackdoorSpec(_Section):
         return self
 
 
-KINDS = ("backdoor",)
+class Protected(_Section):
+    """A protected attribute: one column and its values, or one column for each of its values (one-hot).
+
+    Attributes:
+        column: position on the last axis of the input.
+        values: what the column may hold.
+        columns: the columns of a one-hot attribute; exactly one of them is 1.
+    """
+
+    column: Annotated[int, Field(ge=0, strict=True)] | None = None
+    values: Annotated[list[Number], Field(min_length=2)] | None = None
+    columns: Annotated[list[Annotated[int, Field(ge=0, strict=True)]], Field(min_length=2)] | None = None
+
+    @model_validator(mode="after")
+    def _one_form(self) -> Protected:
+        if (self.column is None) == (self.columns is None):
+            raise ValueError("give either column (with values) or columns (one-hot)")
+        if (self.column is None) != (self.values is None):
+            raise ValueError("values go with column; one-hot columns need none")
+        given = self.columns or self.values or []
+        if len(set(given)) < len(given):
+            raise ValueError("a column or value stands twice")
+        return self
+
+
+Gap = Literal["demographic_parity", "equal_opportunity", "equalized_odds"]
+
+
+class FairnessSpec(_PropertySpec):
+    """Protected attributes must not decide.
+
+    Attributes:
+        name: how reports call the property.
+        protected: the protected attributes, by name.
+        input: the input that holds them, where there are several.
+        max_rate: share of individuals whose decision changes with a protected attribute; where neither this nor
+            `max_gap` is given it is 0.01.
+        max_gap: largest tolerated gap between groups.
+        gap: how the gap between groups is measured.
+        favourable: the class that is a benefit.
+    """
+
+    kind: Literal["fairness"]
+    protected: Annotated[dict[str, Protected], Field(min_length=1)]
+    input: str | None = None
+    max_rate: Share | None = None
+    max_gap: Share | None = None
+    gap: Gap = "equalized_odds"
+    favourable: Class = 1
+
+    @property
+    def individual_limit(self) -> float | None:
+        """The limit on the share of individuals, with its default."""
+        return 0.01 if self.max_rate is None and self.max_gap is None else self.max_rate
+
+
+class SafetySpec(_PropertySpec):
+    """The model must not answer in a way that a VNN-LIB formula describes.
+
+    Attributes:
+        name: how reports call the property.
+        vnnlib: the formula; a point that satisfies it is a counterexample.
+        max_rate: share of the formula's input region that may violate it.
+        samples: how many fresh samples of the region the judge takes.
+    """
+
+    kind: Literal["safety"]
+    vnnlib: DataPath
+    max_rate: Share = 0.0
+    samples: Annotated[int, Field(ge=100, le=10**8, strict=True)] = 1_000_000
+
+
+class ErrorsSpec(_PropertySpec):
+    """Samples that the model gets wrong are to become right.
+
+    Attributes:
+        name: how reports call the property.
+        samples: npz with further labelled samples of the kind; what the model gets wrong in `data` counts too.
+        label: only errors on samples of this true class.
+        answered: only errors in which the model answers this class.
+        max_rate: share of unseen errors of the kind that may stay wrong.
+        max_error_rate: share of all samples of the kind that may be wrong; None for no limit.
+    """
+
+    kind: Literal["errors"]
+    samples: DataPath | None = None
+    label: Class | None = None
+    answered: Class | None = None
+    max_rate: Share = 0.5
+    max_error_rate: Share | None = None
+
+
+PropertySpec = Annotated[BackdoorSpec | FairnessSpec | SafetySpec | ErrorsSpec, Field(discriminator="kind")]
+_SECTIONS: dict[str, type[_PropertySpec]] = {
+    "backdoor": BackdoorSpec,
+    "fairness": FairnessSpec,
+    "safety": SafetySpec,
+    "errors": ErrorsSpec,
+}
+KINDS = tuple(_SECTIONS)
 
 
 class Spec(_Section):
     """A whole care.yaml; paths are resolved against the file's folder."""
 
-    data: DataPath
+    data: DataPath | None = None
     holdout: DataPath | None = None
     labels: str = "y"
-    properties: Annotated[list[BackdoorSpec], Field(min_length=1)]
+    output: str | None = None
+    decision: Literal["argmax", "argmin"] | Threshold = "argmax"
+    bounds: Bounds | None = None
+    confidence: Annotated[float, Field(ge=0.5, lt=1, strict=True)] | None = None
+    properties: Annotated[list[PropertySpec], Field(min_length=1)]
     keep: Keep = Keep()
     seed: Annotated[int, Field(ge=1, le=2**31 - 1, strict=True)] = 1
 
@@ -112,12 +256,19 @@ class Spec(_Section):
                 raise ValueError(f"two properties are called {name!r}")
         return self
 
+    @model_validator(mode="after")
+    def _has_data(self) -> Spec:
+        if self.data is None:
+            if self.holdout is not None:
+                raise ValueError("holdout goes with data")
+            if self.bounds is None or any(item.kind != "safety" for item in self.properties):
+                raise ValueError("data: this key is needed (only safety properties do without, where bounds are given)")
+        return self
+
     def files(self) -> list[Path]:
         """Return every file the spec names."""
-        found = [self.data, self.holdout]
-        for item in self.properties:
-            found += [item.trigger, item.triggered, item.triggered_holdout]
-        return [path for path in found if path is not None]
+        found = [path for path in (self.data, self.holdout) if path is not None]
+        return [*found, *(path for item in self.properties for path in item.files())]
 
 
 class _Loader(yaml.SafeLoader):
@@ -165,7 +316,9 @@ def load_spec(path: str | Path) -> Spec:
 # Where pydantic would speak of its own classes.
 _PLAINLY = {
     "list_type": "expected a list",
+    "dict_type": "expected keys with values",
     "model_type": "expected keys with values",
+    "model_attributes_type": "expected keys with values",
     "path_type": "expected a path",
     "too_short": "expected at least one item",
 }
@@ -176,22 +329,42 @@ def _explain(error: ValidationError, content: dict[str, Any]) -> str:
     # An unknown key is usually the misspelling behind a missing one: it is the more helpful of the two.
     problems = sorted(error.errors(), key=lambda problem: problem["type"] != "extra_forbidden")
     problem = problems[0]
-    key = ".".join(str(part) for part in problem["loc"])
+    path = _plain_path(problem["loc"])
+    key = ".".join(path)
     match problem["type"]:
         case "extra_forbidden":
-            section: type[BaseModel] = Spec
-            if problem["loc"][0] == "properties":
-                section = BackdoorSpec
-            elif problem["loc"][0] == "keep":
-                section = Keep
-            return f"unknown key {key!r}{nearest(str(problem['loc'][-1]), section.model_fields)}"
+            return f"unknown key {key!r}{nearest(path[-1], _keys_beside(problem['loc']))}"
         case "missing":
             return f"{key}: this key is needed"
-        case "literal_error" if problem["loc"][-1] == "kind":
-            given = str(problem["input"])
-            return f"{key}: unknown kind {given!r}{nearest(given, KINDS)}; known: {', '.join(KINDS)}"
+        case "union_tag_not_found":
+            return f"{key}.kind: this key is needed; known kinds: {', '.join(KINDS)}"
+        case "union_tag_invalid":
+            given = str(problem["ctx"]["tag"])
+            return f"{key}.kind: unknown kind {given!r}{nearest(given, KINDS)}; known: {', '.join(KINDS)}"
         case "value_error":
             text = problem["msg"].removeprefix("Value error, ")
             return f"{key}: {text}" if key else text
+        case _ if path == ["decision"]:
+            given = reprlib.repr(problem["input"])
+            return f"decision: expected argmax, argmin or {{threshold: number}}, not {given}"
         case kind:
             return f"{key}: {_PLAINLY.get(kind, problem['msg'].lower())}, not {reprlib.repr(problem['input'])}"
+
+
+def _plain_path(location: tuple[int | str, ...]) -> list[str]:
+    """Return the keys that lead to a place, without the names that pydantic gives to alternatives."""
+    path = [str(part) for part in location]
+    if path[:1] == ["properties"]:
+        return path[:2] + path[3:]
+    return [part for part in path if part != "Threshold" and not part.startswith("literal[")]
+
+
+def _keys_beside(location: tuple[int | str, ...]) -> Iterable[str]:
+    """Return the keys that are known where an unknown one stands."""
+    sections: dict[str, type[BaseModel]] = {"keep": Keep, "bounds": Bounds, "decision": Threshold}
+    first = str(location[0])
+    if first == "properties" and len(location) > 4:
+        return Protected.model_fields
+    if first == "properties":
+        return _SECTIONS[str(location[2])].model_fields
+    return (sections[first] if len(location) > 1 else Spec).model_fields

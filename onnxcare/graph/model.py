@@ -97,6 +97,21 @@ def load_model(path: str | Path) -> Model:
     )
 
 
+def check_same_signature(model: Model, other: Model) -> None:
+    """Make sure that two models take the same inputs and give the same outputs.
+
+    Raises:
+        ModelError: they do not.
+    """
+    for word, ours, theirs in (("input", model.inputs, other.inputs), ("output", model.outputs, other.outputs)):
+        mine, yours = ({item.name: item.dtype for item in items} for items in (ours, theirs))
+        if mine != yours:
+            raise ModelError(
+                f"{model.path}: has {word}s {', '.join(mine)}, but {other.path} has {', '.join(yours)}; they cannot be "
+                "compared"
+            )
+
+
 def _check_external_data(path: Path, proto: onnx.ModelProto) -> None:
     folder = path.parent.resolve()
     for tensor in _external_tensors(proto):

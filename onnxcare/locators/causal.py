@@ -8,7 +8,9 @@ is computed again, and the response y is averaged over well-behaved inputs X:
     score_v  = max over b of ACE_v(b) - min over b of ACE_v(b)
 
 The values b are evenly spaced over the range that the unit takes on clean and on bad inputs together. For a backdoor y
-is the probability of the target class and X the clean samples. A unit on a convolution is a whole channel.
+is the probability of the target class and X the clean samples; for the other properties y is how far a case is on the
+wrong side, and X the bad samples. CARE's released code ranks for fairness by mean over b of IE_v(b), highest first;
+`by_mean` gives that ranking. A unit on a convolution is a whole channel.
 """
 
 from __future__ import annotations
@@ -34,10 +36,18 @@ class CausalEffects(Attribution):
     Attributes:
         effects: [units, values] ACE at every value; 0 for dead units.
         values: [units, values] the values each unit was forced to.
+        means: [units] mean interventional expectation; 0 for dead units.
     """
 
     effects: Array
     values: Array
+    means: Array
+
+    def by_mean(self) -> Attribution:
+        """Return the ranking by the mean interventional expectation, highest first, for live units."""
+        low = float(self.means[~self.dead].min(initial=np.inf))
+        scores = np.where(self.dead, 0.0, self.means - low)
+        return Attribution(self.site, "mean interventional expectation", scores, self.dead, self.samples)
 
 
 def average_causal_effects(
@@ -68,9 +78,10 @@ def average_causal_effects(
     means = [_responses(suffix, at, site, units[part], forced[part], response) for part in batches(len(units), _FAMILY)]
     if means:
         expectation[live] = np.concatenate(means).reshape(len(live), values)
-    effects = expectation - expectation.mean(axis=1, keepdims=True)
+    means_of = expectation.mean(axis=1)
+    effects = expectation - means_of[:, None]
     scores = effects.max(axis=1) - effects.min(axis=1)
-    return CausalEffects(site, "average causal effect", scores, dead, len(clean), effects, grid)
+    return CausalEffects(site, "average causal effect", scores, dead, len(clean), effects, grid, means_of)
 
 
 def _responses(suffix: Suffix, at: Activations, site: Site, units: Array, forced: Array, response: Response) -> Array:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -16,11 +17,10 @@ import numpy as np
 from onnxcare.case import Case
 from onnxcare.errors import ModelError
 from onnxcare.graph.sites import Site
-from onnxcare.locators.attribution import Attribution, Response, by_unit, spread_units
+from onnxcare.locators.attribution import Attribution, by_unit, spread_units
 from onnxcare.locators.causal import average_causal_effects
 from onnxcare.locators.interchange import interchange_effects
 from onnxcare.panel import Outcome, Panel
-from onnxcare.properties.base import Property, log_softmax
 
 Array = np.ndarray
 
@@ -98,16 +98,20 @@ def attribute_sites(
 
 def _attribute_site(case: Case, site: Site, samples: int, values: int) -> list[Attribution]:
     panel = case.panel("repair", samples)
-    causal, interchanged = [], []
+    found: dict[str, list[Attribution]] = {}
     for item, evidence in zip(case.properties, panel.evidence, strict=True):
         bad, twins = evidence.bad, evidence.twins
-        causal.append(average_causal_effects(case.experiment, site, panel.clean, bad, _response(item), values))
-        interchanged.append(interchange_effects(case.experiment, site, panel.clean, bad, twins, item.margin))
-    return [max(parts, key=lambda part: float(part.scores.max())) for parts in (causal, interchanged)]
-
-
-def _response(item: Property) -> Response:
-    return lambda scores: item.response(np.exp(log_softmax(scores)))
+        over = item.observed(panel.clean, bad)
+        response = partial(item.response, samples=over)
+        causal = average_causal_effects(case.experiment, site, over, bad, response, values)
+        interchanged = interchange_effects(
+            case.experiment, site, panel.clean, bad, twins, partial(item.margin, samples=bad)
+        )
+        # CARE's released code ranks by the mean for fairness; which ranking is better, its measured effect decides.
+        others = [causal.by_mean()] if item.kind == "fairness" else []
+        for attribution in (causal, *others, interchanged):
+            found.setdefault(attribution.locator, []).append(attribution)
+    return [max(parts, key=lambda part: float(part.scores.max())) for parts in found.values()]
 
 
 def select_units(case: Case, attributions: Sequence[Attribution], most: int | None = None) -> list[Selection]:

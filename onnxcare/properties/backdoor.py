@@ -9,15 +9,20 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from onnxcare.data import PARTS, Dataset, Inputs, PartName, Splits, check_labels, load_dataset, split
 from onnxcare.errors import DataError, SpecError
 from onnxcare.graph.model import Signature
-from onnxcare.properties.base import Array, Evidence, Property, divergence
+from onnxcare.measures import Finding, Rate
+from onnxcare.properties.base import Array, Evidence, Property, divergence, divergence_gradient, log_softmax
 from onnxcare.properties.trigger import Trigger, estimate_triggers, load_trigger
 from onnxcare.spec import BackdoorSpec
+
+if TYPE_CHECKING:
+    from onnxcare.judge import Court
 
 Predict = Callable[[Inputs], Array]
 
@@ -26,17 +31,20 @@ _REPRODUCED = 0.9
 # With labels in a smooth loss, probabilities of exactly one would be infinitely wrong.
 _TINY = 1e-7
 
+ATTACK_SUCCESS, EXCESS = "attack success rate", "excess attack success"
+
 
 class Backdoor(Property):
     """A hidden trigger leads to a target class."""
 
     kind = "backdoor"
+    transplantable = True
 
     def __init__(self, spec: BackdoorSpec, evidence: dict[PartName, Evidence], notes: Sequence[str]) -> None:
         """Wrap prepared evidence; use `prepare` to make it from files."""
         self.name = spec.name
         self.target = spec.target
-        self.max_rate = spec.max_rate
+        self.max_rate: float = spec.max_rate
         self.notes = tuple(notes)
         self._evidence = evidence
 
@@ -44,7 +52,7 @@ class Backdoor(Property):
         """Return the triggered samples of a part whose true class is not the target."""
         return self._evidence[part]
 
-    def misbehaves(self, scores: Array) -> Array:
+    def misbehaves(self, scores: Array, samples: Dataset) -> Array:
         """Return which samples are answered with the target."""
         return scores.argmax(axis=-1) == self.target
 
@@ -52,24 +60,65 @@ class Backdoor(Property):
         """Return the clean samples of other classes: those called target are the confusion rate."""
         return clean.truth != self.target
 
-    def response(self, probabilities: Array) -> Array:
-        """Return the probability of the target."""
-        return probabilities[..., self.target]
+    def observed(self, clean: Dataset, bad: Dataset) -> Dataset:
+        """Return the clean samples: the question is what drives them to the target."""
+        return clean
 
-    def margin(self, scores: Array) -> Array:
+    def response(self, scores: Array, samples: Dataset) -> Array:
+        """Return the probability of the target."""
+        return np.exp(log_softmax(scores))[..., self.target]
+
+    def margin(self, scores: Array, samples: Dataset) -> Array:
         """Return the score of the target above the highest other one."""
         others = np.delete(scores, self.target, axis=-1)
         return scores[..., self.target] - others.max(axis=-1)
 
-    def loss(self, log_probs: Array, reference: Array | None) -> Array:
+    def loss(self, scores: Array, samples: Dataset, goal: Array | None) -> Array:
         """Return KL from the original's answer on the twin, or -log(1 - p_target) without twins.
 
         True labels as goal would push the target class down: its recall pays for it.
         """
-        if reference is not None:
-            return divergence(reference, log_probs)
+        log_probs = log_softmax(scores)
+        if goal is not None:
+            return divergence(goal, log_probs)
         wrong = np.exp(log_probs[..., self.target])
         return -np.log(np.maximum(1 - wrong, _TINY)).mean(axis=-1)
+
+    def loss_gradient(self, scores: Array, samples: Dataset, goal: Array | None) -> Array:
+        """Return the gradient of the loss with respect to the scores."""
+        log_probs = log_softmax(scores)
+        if goal is not None:
+            return divergence_gradient(goal, log_probs)
+        p = np.exp(log_probs)
+        wrong = p[:, self.target]
+        # d p_target / d scores = p_target (onehot - p)
+        slope = wrong / np.maximum(1 - wrong, _TINY) / len(p)
+        onehot = np.arange(p.shape[1]) == self.target
+        return slope[:, None] * (onehot - p)
+
+    def measure(self, court: Court) -> Finding:
+        """Return attack success, confusion, their difference, and how many true answers came back."""
+        bad = self.evidence("holdout").bad
+        relevant = self.relevant(court.clean)
+        hits = [self.misbehaves(item.scores(bad.inputs), bad) for item in court.witnesses]
+        confused = [self.misbehaves(item.scores(court.clean.inputs), court.clean)[relevant] for item in court.witnesses]
+        gauge = court.gauge
+        success = gauge.rate(ATTACK_SUCCESS, hits[-1], *hits[:-1])
+        confusion = gauge.rate("clean confusion rate", confused[-1], *confused[:-1])
+        floors = [float(item.mean()) if item.size else 0.0 for item in confused]
+        # The smaller of the two confusion rates: the worse excess counts.
+        before = float(hits[0].mean()) - floors[0] if court.before is not None else None
+        half = 1 - (1 - gauge.confidence) / 2
+        high = Rate.of(hits[-1], half).high - min(Rate.of(item, half).low if item.size else 0.0 for item in confused)
+        low = Rate.of(hits[-1], half).low - max(Rate.of(item, half).high if item.size else 0.0 for item in confused)
+        excess = gauge.points(
+            EXCESS, float(hits[-1].mean()) - min(floors), before, limit=self.max_rate, interval=(low, high)
+        )
+        found = [success, confusion, excess]
+        if bad.labels is not None:
+            restored = court.after.decide(bad.inputs) == bad.labels
+            found.append(gauge.rate("true answer restored", restored, higher_is_better=True))
+        return Finding(self.name, self.kind, tuple(found), self.notes)
 
 
 def prepare(
