@@ -1,9 +1,9 @@
-"""What every repair method gives back."""
+"""What repair methods, and the strategies that `auto` combines, give back."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -12,6 +12,7 @@ from onnxcare.graph.parameters import Parameter
 from onnxcare.panel import Outcome
 
 Array = np.ndarray
+Values = Mapping[Parameter, Array]
 
 
 @dataclass(frozen=True)
@@ -20,6 +21,32 @@ class Candidate:
 
     label: str
     outcome: Outcome
+
+
+@dataclass(frozen=True)
+class Found:
+    """A candidate, and how to get the values it stands for.
+
+    Attributes:
+        candidate: how it did.
+        make: returns the new values of the parameters it changes; only the chosen candidate is asked.
+    """
+
+    candidate: Candidate
+    make: Callable[[], Values]
+
+
+@dataclass(frozen=True)
+class Proposals:
+    """What a strategy offers.
+
+    Attributes:
+        found: the candidates; none where the strategy cannot help.
+        details: what the report should say about how they were found.
+    """
+
+    found: Sequence[Found] = ()
+    details: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -32,10 +59,12 @@ class Repair:
         chosen: the candidate the values stand for.
         candidates: everything that was compared on validation data, the chosen one included.
         details: what else the report should say about how it was found.
+        notes: what the user should know, in whole sentences.
     """
 
     method: str
-    values: Mapping[Parameter, Array]
+    values: Values
     chosen: Candidate
     candidates: Sequence[Candidate]
     details: Mapping[str, Any]
+    notes: Sequence[str] = ()

@@ -63,14 +63,14 @@ def repair(case: Case) -> Repair:
             found.append(item)
             evaluations += count
     unchanged = Candidate("no change", case.before)
-    best = min(found, key=lambda item: item.candidate.outcome.cost)
+    best = min(found, key=lambda item: item.candidate.outcome.rank)
     candidates = [unchanged, *(item.candidate for item in found)]
     details = {
         "selections": [selection.as_dict() for selection in selections],
         "site": best.site.tensor,
         "cmaes_evaluations": evaluations,
     }
-    if unchanged.outcome.cost <= best.candidate.outcome.cost:
+    if unchanged.outcome.rank <= best.candidate.outcome.rank:
         return Repair("care", {}, unchanged, candidates, details)
     values = fold(case, best.site, best.factors)
     details["multipliers"] = {int(unit): float(best.factors[unit]) for unit in np.flatnonzero(best.factors != 1)}

@@ -84,14 +84,16 @@ def accumulate(experiment: Experiment, layer: Layer, clean: Dataset, panel: Pane
         experiment: the model.
         layer: the layer to change.
         clean: clean samples.
-        panel: gives the bad samples of every property, and their twins.
+        panel: gives the bad samples of every property that can be transplanted to, and their twins.
     """
     clean_sum = right_sum = bad_sum = None
     for x in _input_pieces(experiment, layer, clean.inputs):
         clean_sum = _plus(clean_sum, _gram(layer.rows(x)))
     assert clean_sum is not None
     clean_sum /= len(clean)
-    for found in panel.evidence:
+    for item, found in zip(panel.properties, panel.evidence, strict=True):
+        if not item.transplantable:
+            continue
         target = _target(experiment, layer, found.bad, found.twins, clean)
         start = 0
         for x in _input_pieces(experiment, layer, found.bad.inputs):

@@ -1,0 +1,169 @@
+"""Strategy: closed-form repair directions of one layer, and CMA-ES in their span; for evidence with twins.
+
+1. Scan: twin regression with one moderate setting at every layer, on a few samples; layers are ranked by the cost
+   of the repaired model on samples the regression did not see.
+2. Refine: the best layers again on all repair samples, over settings alpha x rho x rank.
+3. Search: CMA-ES over the coefficients of the best layer's directions, from the closed-form point and from zero, on
+   the search part, where the directions were not fitted.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+from itertools import product
+
+import numpy as np
+
+from onnxcare.case import Case
+from onnxcare.errors import ModelError
+from onnxcare.graph.layers import Layer
+from onnxcare.panel import Outcome
+from onnxcare.repair import closed_form, cmaes
+from onnxcare.repair.base import Candidate, Found, Proposals
+from onnxcare.repair.bench import Bench, changed
+
+Array = np.ndarray
+
+_SCAN_SAMPLES = 150
+_REFINED_LAYERS = 2
+_ALPHAS = (1.0, 10.0)
+_RHOS = (1e-3, 1e-2, 1e-1)
+_RANKS = (1, 2, 4, None)
+_SEARCH_RANK = 4
+
+
+@dataclass(frozen=True)
+class _Change:
+    layer: Layer
+    change: Array
+    candidate: Candidate
+
+
+def applies(case: Case) -> bool:
+    """Return whether some property's bad samples could take their activations from elsewhere."""
+    return any(item.transplantable for item in case.properties)
+
+
+def propose(case: Case) -> Proposals:
+    """Return changes of one layer, see the module's docstring.
+
+    Raises:
+        ModelError: no layer could be cut open.
+    """
+    layers = [layer for layer in case.experiment.layers if layer.refusal is None]
+    scan, skipped = _scan(case, layers)
+    found = _refine_best(case, [layer for layer, _ in scan], skipped)
+    best = min(found, key=lambda item: item.candidate.outcome.cost)
+    case.progress(f"searching the directions of {best.layer.name} with CMA-ES")
+    searched, evaluations = _search(case, best, [f for f in found if f.layer is best.layer])
+    found += searched
+    details = {
+        "scan": [{"layer": layer.name, "cost": outcome.cost} for layer, outcome in scan],
+        "skipped": skipped,
+        "cmaes_evaluations": evaluations,
+    }
+    return Proposals(
+        [Found(item.candidate, partial(changed, case, item.layer, item.change)) for item in found], details
+    )
+
+
+def _scan(case: Case, layers: list[Layer]) -> tuple[list[tuple[Layer, Outcome]], dict[str, str]]:
+    """Rank the layers by what a regression on a few samples does to unseen ones; say why some were skipped."""
+    fit, unseen = case.panel("repair", _SCAN_SAMPLES), case.panel("search", _SCAN_SAMPLES)
+    ranked, skipped = [], {}
+    for index, layer in enumerate(layers):
+        case.progress(f"scanning layer {layer.name} ({index + 1} of {len(layers)})")
+        if closed_form.memory_needed(layer) > case.experiment.memory:
+            skipped[layer.name] = "its regression does not fit into the memory allowed; see --memory"
+            continue
+        try:
+            regression = closed_form.accumulate(case.experiment, layer, fit.clean, fit)
+            changes = regression.solve(alpha=1.0, rho=1e-2, ranks=[None])
+            outcome = Bench(case, layer).outcomes(unseen, changes)[0]
+        except (ModelError, np.linalg.LinAlgError) as error:
+            skipped[layer.name] = str(error)  # it is no candidate, but another layer may be
+            continue
+        ranked.append((layer, outcome))
+    if not ranked:
+        raise _nothing_left(case, skipped)
+    return sorted(ranked, key=lambda item: item[1].cost), skipped
+
+
+def _nothing_left(case: Case, skipped: dict[str, str]) -> ModelError:
+    name, reason = next(iter(skipped.items()))
+    return ModelError(f"{case.experiment.model.path}: no layer could be cut open for a repair; {name}: {reason}")
+
+
+def _refine_best(case: Case, layers: list[Layer], skipped: dict[str, str]) -> list[_Change]:
+    """Refine the first layers for which that is possible; add the others to those skipped."""
+    found: list[_Change] = []
+    refined = 0
+    for layer in layers:
+        if refined == _REFINED_LAYERS:
+            break
+        case.progress(f"refining {layer.name}")
+        try:
+            found += _refine(case, layer)
+            refined += 1
+        except (ModelError, np.linalg.LinAlgError) as error:
+            skipped[layer.name] = str(error)
+    if not found:
+        raise _nothing_left(case, skipped)
+    return found
+
+
+def _refine(case: Case, layer: Layer) -> list[_Change]:
+    """Solve every setting on all repair samples and measure each on the validation part."""
+    regression = closed_form.accumulate(case.experiment, layer, case.splits.repair, case.panel("repair"))
+    labels, changes = [], []
+    for alpha, rho in product(_ALPHAS, _RHOS):
+        changes += regression.solve(alpha, rho, _RANKS)
+        labels += [f"alpha {alpha:g}, rho {rho:g}, rank {rank or 'full'}" for rank in _RANKS]
+    outcomes = Bench(case, layer).outcomes(case.panel("validation"), changes)
+    return [
+        _Change(layer, change, Candidate(f"{layer.name}: {label}", outcome))
+        for label, change, outcome in zip(labels, changes, outcomes, strict=True)
+    ]
+
+
+def _search(case: Case, best: _Change, of_layer: list[_Change]) -> tuple[list[_Change], int]:
+    """Search the span of the layer's directions from the closed-form point and from zero."""
+    basis, closed = _basis(best.change, [item.change for item in of_layer])
+    bench, panel = Bench(case, best.layer), case.panel("search")
+    directions = bench.directions(panel, basis)
+
+    def costs(coefficients: Array) -> Array:
+        return panel.costs(bench.scores(panel, coefficients, directions))
+
+    runs = {
+        "closed form": cmaes.minimise(costs, closed, sigma=0.2, seed=case.seed),
+        "zero": cmaes.minimise(costs, np.zeros(len(basis)), sigma=0.5, seed=case.seed + 1),
+    }
+    found = []
+    for start, run in runs.items():
+        change = sum(c * b for c, b in zip(run.best, basis, strict=True))
+        outcome = bench.outcomes(case.panel("validation"), [change])[0]
+        label = f"{best.layer.name}: CMA-ES over {len(basis)} directions from {start}"
+        found.append(_Change(best.layer, change, Candidate(label, outcome)))
+    return found, sum(run.evaluations for run in runs.values())
+
+
+def _basis(best: Array, others: list[Array]) -> tuple[list[Array], Array]:
+    """Return directions, and the coefficients that add up to the best change.
+
+    The first directions are the best change split by singular vectors; the further ones, the differences to the
+    largest and the smallest other change, let the search move towards other settings.
+    """
+    u, s, vt = np.linalg.svd(best, full_matrices=False)
+    parts = [
+        u[:, :, r : r + 1] * s[:, None, r : r + 1] @ vt[:, r : r + 1, :] for r in range(min(_SEARCH_RANK, s.shape[-1]))
+    ]
+    split = [*parts, best - sum(parts)]
+    by_size = sorted(others, key=lambda change: float(np.linalg.norm(change)))
+    apart = [by_size[-1] - best, by_size[0] - best]
+    # A change of low rank leaves no rest, and it may itself be the largest or the smallest.
+    scale = np.linalg.norm(best)
+    split = [direction for direction in split if np.linalg.norm(direction) > 1e-6 * scale]
+    apart = [direction for direction in apart if np.linalg.norm(direction) > 1e-3 * scale]
+    return [*split, *apart], np.array([1.0] * len(split) + [0.0] * len(apart))
