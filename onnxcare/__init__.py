@@ -16,9 +16,9 @@ from typing import TYPE_CHECKING, Any
 from onnxcare._version import __version__
 
 if TYPE_CHECKING:
-    from onnxcare.api import fix, inspect, load, locate
+    from onnxcare.api import check, fix, inspect, load, locate
 
-__all__ = ["__version__", "fix", "inspect", "load", "locate"]
+__all__ = ["__version__", "check", "fix", "inspect", "load", "locate"]
 
 
 def __getattr__(name: str) -> Any:

@@ -1,47 +1,42 @@
-"""The public functions: load, inspect, locate and fix. The command line only parses, calls them and prints."""
+"""The public functions: load, inspect, locate, check and fix. The command line only parses, calls them and prints."""
 
 from __future__ import annotations
 
 import hashlib
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
 
 from onnxcare import repair as methods
 from onnxcare._version import __version__
 from onnxcare.case import Case, Progress
-from onnxcare.data import PARTS, Dataset, Splits, check_labels, load_dataset, split, without_overlap
-from onnxcare.errors import DataError, ModelError, SpecError, UsageError
-from onnxcare.experiment import Experiment
-from onnxcare.graph.model import Model, load_model
+from onnxcare.errors import DataError, ModelError
+from onnxcare.findings import optimisation_findings, static_findings
+from onnxcare.graph.model import Model, check_same_signature, load_model
 from onnxcare.graph.patch import Patch, TensorChange, check_output, publish, staged, with_metadata
 from onnxcare.inspection import Inspection, inspect_model
-from onnxcare.judge import Verdict, judge
+from onnxcare.judge import Court, Witness, judge
 from onnxcare.locators.select import attribute_sites, select_units
-from onnxcare.properties import backdoor
+from onnxcare.measures import CONFIDENCE, Gauge, Verdict
+from onnxcare.prepare import Setup, prepare
 from onnxcare.repair.base import Repair
-from onnxcare.results import Fix, Location, Run, SiteScore, Status, UnitScore
-from onnxcare.runtime import Device, Session, few_blas_threads, parse_memory, resolve_device
+from onnxcare.results import Check, Fix, Location, SiteScore, Status, UnitScore
+from onnxcare.runtime import few_blas_threads
 from onnxcare.spec import Spec, load_spec
 
-# Shares of `data` for repair, search and validation; the last share is held out where the spec names no file.
-_SHARES = (0.5, 0.2, 0.3)
-_SHARES_WITH_HOLDOUT = (0.35, 0.14, 0.21, 0.3)
-# A part with fewer samples says nothing about any class.
-_FEWEST = 20
+# Whoever runs such a file does not know which weights, or whose, are run.
+_NOT_TO_BE_RUN = frozenset(
+    {"not-onnx", "no-graph", "two-value-fields", "external-data-outside", "external-data-missing"}
+)
+# Held-out samples on which onnxruntime is compared with itself.
+_COMPARED = 256
+# What the judge's seed is away from that of the search.
+_JUDGE = 1_000_003
 
 
 def _silent(text: str) -> None:
     """Ignore progress."""
-
-
-@dataclass(frozen=True)
-class _Setup:
-    model: Model
-    spec: Spec
-    case: Case
-    run: Run
 
 
 def load(model: str | Path) -> Model:
@@ -92,7 +87,7 @@ def locate(
     Raises:
         OnnxcareError: spec, model or data cannot be used.
     """
-    setup = _prepare(model, spec, seed, device, memory, progress)
+    setup = prepare(model, spec, seed, device, memory, progress)
     case = setup.case
     if not case.experiment.sites:
         raise ModelError(f"{model}: it has no hidden layer in front of a Gemm, MatMul or Conv")
@@ -164,20 +159,22 @@ def fix(
     run_method = methods.find(method)
     files = [Path(spec), *load_spec(spec).files()]
     check_output(Path(out), files, Path(model), in_place)
-    setup = _prepare(model, spec, seed, device, memory, progress)
+    setup = prepare(model, spec, seed, device, memory, progress)
     case, loaded = setup.case, setup.model
-    original = Session(loaded.path, case.experiment.device)
+    original = _witness(case, loaded)
     if case.before.violation == 0:
-        verdict = _judge(case, original, original)
+        verdict = _judge(case, setup.spec, original, original)
         if all(finding.passed for finding in verdict.properties):
             return _result(setup, "nothing to repair", method, verdict, None, None, [], started)
+    for lacking in filter(None, (item.lacking() for item in case.properties)):
+        raise DataError(lacking)
     found = run_method(case)
     patch = Patch(found.values)
     data = patch.apply(loaded)
     entries = _provenance(setup, found)
     progress("judging the repaired file on held-out data")
     with staged(loaded, with_metadata(data, entries), target) as path:
-        verdict = _judge(case, original, Session(path, case.experiment.device))
+        verdict = _judge(case, setup.spec, original, _witness(case, load_model(path)))
         status: Status = "repaired" if verdict.passed else "not repaired"
         written = None
         if verdict.passed or (best_effort and found.values):
@@ -187,20 +184,81 @@ def fix(
     return _result(setup, status, method, verdict, found, (Path(out), written), changes, started)
 
 
-def _judge(case: Case, original: Session, repaired: Session) -> Verdict:
+@few_blas_threads()
+def check(
+    model: str | Path,
+    spec: str | Path,
+    *,
+    baseline: str | Path | None = None,
+    seed: int | None = None,
+    device: str = "auto",
+    memory: str | None = None,
+    progress: Progress = _silent,
+) -> Check:
+    """Measure every property and guard of a model, and look at its graph; nothing is changed or written.
+
+    Errors in the graph that make it unsafe to run (readers would disagree about it) end the check before anything is
+    measured.
+
+    Args:
+        model: path of the ONNX file.
+        spec: path of the care.yaml.
+        baseline: another model with the same inputs and outputs, such as the one deployed at present: what got worse
+            against it is told, and limits on drops hold against it.
+        seed: takes the place of the spec's seed.
+        device: `auto`, `cpu` or `cuda`.
+        memory: bound on the memory of activations, such as `2GiB`; None means half of what is free.
+        progress: told in a few words what is being done.
+
+    Raises:
+        OnnxcareError: spec, model or data cannot be used.
+    """
+    started = time.monotonic()
+    wanted = load_spec(spec)
+    confidence = CONFIDENCE if wanted.confidence is None else wanted.confidence
+    progress(f"looking at the graph of {model}")
+    if not Path(model).is_file():
+        load_model(model)  # says what is wrong with the path
+    findings = static_findings(Path(model))
+    if any(item.rule in _NOT_TO_BE_RUN for item in findings):
+        return Check(None, str(model), str(spec), None, confidence, None, findings, time.monotonic() - started)
+    # What counts as the original's errors and the like is the baseline's business, where there is one.
+    setup = prepare(model if baseline is None else baseline, spec, seed, device, memory, progress)
+    case = setup.case
+    judged = setup.model
+    if baseline is not None:
+        judged = load_model(model)
+        check_same_signature(judged, setup.model)
     experiment = case.experiment
-    return judge(
-        original,
-        repaired,
+    few, decision = case.splits.holdout.take(slice(0, _COMPARED)), experiment.decision.of_output()
+    findings += optimisation_findings(
+        Path(model),
+        few.inputs,
         experiment.output,
-        case.splits.holdout,
-        case.properties,
-        case.keep,
-        experiment.rows_per_run,
+        experiment.device,
+        decide=lambda answers: decision.scores(answers).argmax(axis=-1),
     )
+    progress("measuring on held-out data")
+    before = None if baseline is None else _witness(case, setup.model)
+    verdict = _judge(case, setup.spec, before, _witness(case, judged))
+    run = replace(setup.run, model=str(model), sha256=judged.sha256)
+    against = None if baseline is None else str(baseline)
+    return Check(run, str(model), str(spec), against, confidence, verdict, findings, time.monotonic() - started)
 
 
-def _provenance(setup: _Setup, found: Repair) -> dict[str, str]:
+def _witness(case: Case, model: Model) -> Witness:
+    experiment = case.experiment
+    return Witness(model, experiment.output, experiment.decision, experiment.device, experiment.rows_per_run)
+
+
+def _judge(case: Case, spec: Spec, before: Witness | None, after: Witness) -> Verdict:
+    # Fresh samples of the judge must not be those of the search.
+    seed, memory = case.seed + _JUDGE, case.experiment.memory
+    court = Court(after, before, case.splits.holdout, Gauge(spec.confidence), seed, memory)
+    return judge(court, case.properties, case.keep)
+
+
+def _provenance(setup: Setup, found: Repair) -> dict[str, str]:
     return {
         "version": __version__,
         "parent_sha256": setup.model.sha256,
@@ -211,7 +269,7 @@ def _provenance(setup: _Setup, found: Repair) -> dict[str, str]:
 
 
 def _result(
-    setup: _Setup,
+    setup: Setup,
     status: Status,
     method: str,
     verdict: Verdict,
@@ -232,68 +290,6 @@ def _result(
         chosen=found.chosen if found else None,
         candidates=list(found.candidates) if found else [],
         details=found.details if found else {},
+        notes=found.notes if found else (),
         seconds=time.monotonic() - started,
     )
-
-
-def _prepare(
-    model: str | Path,
-    spec: str | Path,
-    seed: int | None,
-    device: str,
-    memory: str | None,
-    progress: Progress,
-) -> _Setup:
-    """Load everything, split the data and put the model on the operating table."""
-    wanted = load_spec(spec)
-    seed = wanted.seed if seed is None else seed
-    if seed < 1:
-        raise UsageError(f"seed {seed}: must be at least 1")
-    bound = parse_memory(memory)
-    chosen: Device = resolve_device(device)
-    progress(f"loading {model}")
-    loaded = load_model(model)
-    data = load_dataset(wanted.data, loaded.inputs, wanted.labels)
-    experiment = Experiment(loaded, chosen, bound, data.inputs)
-    scores = experiment.scores(data.inputs, str(wanted.data))
-    classes = scores.shape[-1]
-    check_labels(data, classes, str(wanted.data))
-    splits, notes = _split(wanted, loaded, data, classes, seed)
-    try:
-        properties = [
-            backdoor.prepare(item, splits, loaded.inputs, classes, experiment.scores, wanted.labels, seed)
-            for item in wanted.properties
-        ]
-    except SpecError as error:
-        raise SpecError(f"{spec}: {error}") from None
-    case = Case(experiment, splits, properties, wanted.keep, seed, progress)
-    run = Run(
-        version=__version__,
-        model=str(model),
-        sha256=loaded.sha256,
-        device=chosen,
-        seed=seed,
-        samples={part: len(splits.part(part)) for part in PARTS},
-        notes=notes,
-    )
-    return _Setup(loaded, wanted, case, run)
-
-
-def _split(spec: Spec, model: Model, data: Dataset, classes: int, seed: int) -> tuple[Splits, list[str]]:
-    notes = []
-    if spec.holdout is None:
-        repair, search, validation, holdout = split(data, _SHARES_WITH_HOLDOUT, seed)
-    else:
-        repair, search, validation = split(data, _SHARES, seed)
-        everything = load_dataset(spec.holdout, model.inputs, spec.labels)
-        check_labels(everything, classes, str(spec.holdout))
-        holdout, overlap = without_overlap(everything, data)
-        if overlap:
-            notes.append(f"{overlap} samples of {spec.holdout} also occur in {spec.data}; the judge leaves them out.")
-    splits = Splits(repair, search, validation, holdout)
-    for part in PARTS:
-        size = len(splits.part(part))
-        if size < _FEWEST:
-            source = spec.holdout if part == "holdout" and spec.holdout else spec.data
-            raise DataError(f"{source}: only {size} samples are left for {part}; at least {_FEWEST} are needed")
-    return splits, notes

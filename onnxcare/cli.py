@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 # Kept here so that --help needs no heavy import; a test compares it with the registry.
 METHODS = ("auto", "care")
+FORMATS = ("text", "json", "junit", "sarif")
 
 # The package itself checks every path, so that the same fault has the same message and exit code everywhere.
 _path = click.Path(path_type=Path, readable=False)
@@ -159,6 +160,56 @@ def fix(
 @main.command()
 @_model
 @_spec
+@click.option(
+    "--format",
+    "form",
+    type=click.Choice(FORMATS),
+    default="text",
+    show_default=True,
+    help="How to report; sarif is for code scanning, junit for CI servers.",
+)
+@click.option("-o", "--output", type=_path, help="Where the report goes [default: standard output].")
+@click.option("--baseline", type=_path, help="A model to compare with, such as the one deployed at present.")
+@_seed
+@_device
+@_memory
+@click.pass_context
+def check(
+    context: click.Context,
+    model: Path,
+    spec: Path,
+    form: str,
+    output: Path | None,
+    baseline: Path | None,
+    seed: int | None,
+    device: str,
+    memory: str | None,
+) -> None:
+    """Measure every property and guard of MODEL, and look at its graph; nothing is changed.
+
+    Ends with 0 if everything passes, and with 1 if something fails or cannot be decided.
+    """
+    if output is not None:
+        _check_report(output, baseline or model, model, spec, "-o")
+    from onnxcare import api
+    from onnxcare.graph.patch import write_atomically
+    from onnxcare.report import render_check, text
+
+    _announce(device)
+    with _progress() as progress:
+        result = api.check(model, spec, baseline=baseline, seed=seed, device=device, memory=memory, progress=progress)
+    if output is not None:
+        write_atomically(output, render_check(result, form))
+    if form == "text" or output is not None:
+        text.show_check(result, _console())
+    else:
+        click.echo(render_check(result, form), nl=False)
+    context.exit(result.exit_code)
+
+
+@main.command()
+@_model
+@_spec
 @click.option("--samples", type=click.IntRange(min=1), default=128, show_default=True, help="Samples per effect.")
 @click.option("--values", type=click.IntRange(min=2), default=8, show_default=True, help="Values per unit.")
 @click.option("--json", "as_json", is_flag=True, help="Print the whole result as JSON.")
@@ -241,13 +292,13 @@ def demo(context: click.Context, output: Path | None, device: str) -> None:
     )
 
 
-def _check_report(report: Path, output: Path, model: Path, spec: Path) -> None:
+def _check_report(report: Path, output: Path, model: Path, spec: Path, flag: str = "--json") -> None:
     """Make sure, before any work is done, that the report can be written and overwrites nothing of this run."""
     from onnxcare.graph.patch import check_output
     from onnxcare.spec import load_spec
 
     if report.resolve() == output.resolve():
-        raise UsageError(f"--json {report}: is where the repaired model goes; name another file")
+        raise UsageError(f"{flag} {report}: is the name of a model of this run; name another file")
     check_output(report, [model, spec, *load_spec(spec).files()], model, in_place=False)
 
 

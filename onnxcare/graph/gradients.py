@@ -23,7 +23,7 @@ from onnx import inliner, shape_inference, version_converter
 
 from onnxcare.errors import DataError, ModelError
 from onnxcare.graph.model import numpy_dtype
-from onnxcare.graph.view import subgraph_inputs, attribute, operator
+from onnxcare.graph.view import attribute, operator, subgraph_inputs
 from onnxcare.runtime import Array, Device, Session, batches
 
 _ADJOINT, _SEEDS = "onnxcare_adjoint_", "onnxcare_seeds"

@@ -7,8 +7,8 @@ from rich.markup import escape
 from rich.table import Table
 
 from onnxcare.inspection import Inspection
-from onnxcare.judge import Guards, PropertyFinding, Rate, Verdict
-from onnxcare.results import Fix, Location
+from onnxcare.measures import Finding, Measure, Rate, Verdict
+from onnxcare.results import Check, Fix, Location
 
 _SHOWN = 20
 
@@ -26,62 +26,82 @@ def show_fix(fix: Fix, console: Console) -> None:
     _show_verdict(fix.verdict, console)
     if fix.patch:
         _show_patch(fix, console)
+    for note in fix.notes:
+        console.print(f"note: {escape(note)}")
     console.print(_conclusion(fix))
 
 
-def _show_verdict(verdict: Verdict, console: Console) -> None:
+def show_check(check: Check, console: Console) -> None:
+    """Print what was measured, what the graph shows, and whether the model passes; the conclusion stands last."""
+    against = f", against {escape(check.baseline)}" if check.baseline else ""
+    console.print(f"[bold]{escape(check.model)}[/bold]  {escape(check.spec)}{against}")
+    for note in check.run.notes if check.run is not None else ():
+        console.print(f"note: {escape(note)}")
+    for item in check.static:
+        where = f" {escape(item.where)}:" if item.where else ""
+        console.print(f"[{_COLOURS[item.level]}]{item.level}[/] {item.rule}:{where} {escape(item.message)}")
+    if check.verdict is not None:
+        _show_verdict(check.verdict, console, "baseline" if check.baseline else None)
+        _show_worse(check.verdict, console)
+    told = {"pass": "[green]passed[/green]", "fail": "[red]failed[/red]"}
+    ending = told.get(check.status, "[yellow]undecided[/yellow], which is no pass")
+    why = "" if check.verdict is not None else ": the file is not safe to run, so nothing was measured"
+    console.print(f"{ending}{why} in {check.seconds:.1f} s")
+
+
+def _show_worse(verdict: Verdict, console: Console) -> None:
+    """Name what got worse than chance would explain."""
+    for finding in verdict.findings:
+        for item in finding.measures:
+            if item.worse is not None and item.worse < _SIGNIFICANT:
+                console.print(
+                    f"worse than the baseline: {escape(finding.name)}: {item.name}, {_value(item.before)} -> "
+                    f"{_value(item.after)} (paired test, p = {item.worse:.2g})"
+                )
+
+
+def _show_verdict(verdict: Verdict, console: Console, compared: str | None = "before") -> None:
     table = Table(title="Held-out data", title_justify="left")
     table.add_column("measure", overflow="fold")
-    table.add_column("before", justify="right")
-    table.add_column("after", justify="right")
-    table.add_column("95 % interval", justify="right")
+    if compared is not None:
+        table.add_column(compared, justify="right")
+    table.add_column("after" if compared == "before" else "measured", justify="right")
+    table.add_column("interval", justify="right")
     table.add_column("limit", justify="right")
     table.add_column("")
-    for finding in verdict.properties:
-        _add_property(table, finding)
-    _add_guards(table, verdict.guards)
+    for finding in verdict.findings:
+        guards = finding.kind == "guards"
+        for index, item in enumerate(_worth_showing(finding)):
+            name = item.name if guards else f"{escape(finding.name)}: {item.name}" if not index else f"  {item.name}"
+            before = [] if compared is None else [_value(item.before, item.unit)]
+            cells = (_value(item.after, item.unit), _interval(item), _limit(item), _MARKS[item.status])
+            table.add_row(name, *before, *cells)
     console.print(table)
-    for finding in verdict.properties:
+    for finding in verdict.findings:
         for note in finding.notes:
             console.print(f"note: {escape(finding.name)}: {escape(note)}")
+        for item in finding.measures:
+            if item.status == "undecided":
+                more = f"; {item.needed:,} samples like these would decide" if item.needed else ""
+                console.print(f"undecided: {escape(finding.name)}: {item.name}: too few samples{more}")
 
 
-def _add_property(table: Table, finding: PropertyFinding) -> None:
-    before, after = finding.before, finding.after
-    table.add_row(f"{escape(finding.name)}: attack success", _rate(before), _rate(after), _interval(after))
-    clean = finding.baseline_after
-    table.add_row("  clean confusion rate", _rate(finding.baseline_before), _rate(clean), _interval(clean))
-    table.add_row(
-        "  excess attack success",
-        _points(finding.excess_before),
-        _points(finding.excess),
-        "",
-        f"<= {_points(finding.limit)}",
-        _mark(finding.passed),
-    )
-    if finding.restored is not None:
-        table.add_row("  true answer restored", "", _rate(finding.restored), _interval(finding.restored))
-
-
-def _add_guards(table: Table, guards: Guards) -> None:
-    drop, worst = guards.accuracy_drop, guards.worst_recall
-    table.add_row(
-        "accuracy",
-        _rate(guards.before),
-        _rate(guards.after),
-        _interval(guards.after),
-        f">= -{_points(guards.accuracy_limit)}",
-        _mark(drop <= guards.accuracy_limit + 1e-12),
-    )
-    table.add_row(
-        f"recall of class {worst.label} (worst change)",
-        _rate(worst.before),
-        _rate(worst.after),
-        _interval(worst.after),
-        f">= -{_points(guards.recall_limit)}",
-        _mark(worst.drop <= guards.recall_limit + 1e-12),
-    )
-    table.add_row("clean decisions changed", "", _rate(guards.changed), _interval(guards.changed))
+def _worth_showing(finding: Finding) -> list[Measure]:
+    """Of the classes' recalls only the worst one, or the worst loss, is worth a line."""
+    drops = [item for item in finding.measures if item.name.startswith("recall drop of class")]
+    recalls = [item for item in finding.measures if item.name.startswith("recall of class")]
+    if not recalls:
+        return list(finding.measures)
+    if drops:
+        worst_drop = max(drops, key=lambda item: item.value)
+        label = worst_drop.name.removeprefix("recall drop of class ")
+        kept = [item for item in recalls if item.name == f"recall of class {label}" or item.status == "fail"]
+        kept.append(worst_drop)
+        kept += [item for item in drops if item.status == "fail" and item is not worst_drop]
+    else:
+        kept = [min(recalls, key=lambda item: item.value)]
+    hidden = {id(item) for item in [*drops, *recalls]} - {id(item) for item in kept}
+    return [item for item in finding.measures if id(item) not in hidden]
 
 
 def _show_patch(fix: Fix, console: Console) -> None:
@@ -171,19 +191,45 @@ def show_inspection(inspection: Inspection, console: Console) -> None:
     console.print(sites)
 
 
-def _rate(rate: Rate) -> str:
-    if not rate.total:
-        return "no samples"
-    return f"{100 * rate.value:.2f} % ({rate.count}/{rate.total})"
+def _value(value: Rate | float | None, unit: str = "rate") -> str:
+    if value is None:
+        return ""
+    if isinstance(value, Rate):
+        return f"{100 * value.value:.2f} % ({value.count}/{value.total})" if value.total else "no samples"
+    if unit == "number":
+        return f"{value:.4g}"
+    return f"{_points(value)} %" if unit == "rate" else _points(value)
 
 
-def _interval(rate: Rate) -> str:
-    return f"{100 * rate.low:.2f} - {100 * rate.high:.2f} %" if rate.total else ""
+def _interval(item: Measure) -> str:
+    if item.low is None or item.high is None:
+        return ""
+    if isinstance(item.after, Rate):
+        # A million samples tell more than two decimals.
+        digits = 2 if item.after.total < 20_000 else 4
+        return f"{100 * item.low:.{digits}f} - {100 * item.high:.{digits}f} %" if item.after.total else ""
+    return f"{_points(item.low)} - {_points(item.high)}" if item.unit == "points" else ""
+
+
+def _limit(item: Measure) -> str:
+    if item.limit is None:
+        return ""
+    sign = ">=" if item.higher_is_better else "<="
+    if item.unit == "number":
+        return f"{sign} {item.limit:g}"
+    return f"{sign} {_points(item.limit)}" + (" %" if item.unit == "rate" else "")
 
 
 def _points(share: float) -> str:
     return f"{100 * share + 0.0:.2f}"
 
 
-def _mark(passed: bool) -> str:
-    return "[green]pass[/green]" if passed else "[red]fail[/red]"
+_MARKS = {
+    "pass": "[green]pass[/green]",
+    "fail": "[red]fail[/red]",
+    "undecided": "[yellow]undecided[/yellow]",
+    "info": "",
+}
+_COLOURS = {"error": "red", "warning": "yellow", "note": "dim"}
+# A change for the worse that chance would bring about more rarely than this is named.
+_SIGNIFICANT = 0.01
