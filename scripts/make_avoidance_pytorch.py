@@ -40,10 +40,10 @@ _STRONG_LEFT, _STRONG_RIGHT = ADVISORIES.index("strong left"), ADVISORIES.index(
 FAR = Property(
     name="no-strong-right-far",
     says=(
-        "The intruder is fast, ahead, and still 8,500 m away or more: a weak turn is enough.",
+        "The intruder is fast, ahead, and still 8,800 m away or more: a weak turn is enough.",
         "Unsafe: strong right is the advice.",
     ),
-    common=((0.35, 0.5), (-0.05, 0.05), (-0.5, 0.5), (0.3, 0.5), (0.3, 0.5)),
+    common=((0.38, 0.5), (-0.05, 0.05), (-0.5, 0.5), (0.3, 0.5), (0.3, 0.5)),
     boxes=(),
     conditions=(least(_STRONG_RIGHT, _OUTPUTS),),
     outputs=_OUTPUTS,
@@ -51,10 +51,10 @@ FAR = Property(
 RARE = Property(
     name="clear-not-worst-slow",
     says=(
-        "The intruder is slow (39 m/s at most), and 7,500 m away or more: they do not meet within half a minute.",
+        "The intruder is slow (39 m/s at most), and 7,700 m away or more: they do not meet within half a minute.",
         "Unsafe: clear of conflict costs more than any turn.",
     ),
-    common=((0.25, 0.5), (-0.5, 0.5), (-0.5, 0.5), (-0.5, 0.5), (-0.5, -0.35)),
+    common=((0.27, 0.5), (-0.5, 0.5), (-0.5, 0.5), (-0.5, 0.5), (-0.5, -0.35)),
     boxes=(),
     conditions=(greatest(0, _OUTPUTS),),
     outputs=_OUTPUTS,

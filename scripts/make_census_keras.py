@@ -85,7 +85,7 @@ def export(model: keras.Sequential, path: Path) -> None:
 
 
 def write_care(people: People, folder: Path) -> None:
-    """Write the two specifications: sex and race together, and sex alone."""
+    """Write the specifications: sex and race together, sex alone, and the gap between the sexes."""
     sex = f"sex: {{column: {SEX.columns[0]}, values: [0, 1]}}"
     race = f"race: {{columns: {list(RACE.columns)}}}"
     bounds = _bounds(people)
@@ -93,6 +93,7 @@ def write_care(people: People, folder: Path) -> None:
         _CARE.format(bounds=bounds, name="sex-and-race", protected=f"{sex}\n      {race}")
     )
     (folder / "care-sex.yaml").write_text(_CARE.format(bounds=bounds, name="sex", protected=sex))
+    (folder / "care-gap.yaml").write_text(_CARE_GAP.format(protected=sex))
 
 
 def write_card(folder: Path, people: People) -> None:
@@ -229,6 +230,21 @@ keep: {{accuracy_drop: 0.01, balanced_accuracy_drop: 0.02, recall_drop: 0.05}}
 seed: 1
 """
 
+_CARE_GAP = """\
+data: repair.npz
+holdout: holdout.npz
+decision: {{threshold: 0.5}}
+properties:
+  - name: sex
+    kind: fairness
+    protected:
+      {protected}
+    gap: equal_opportunity
+    max_gap: 0.05
+keep: {{accuracy_drop: 0.01, balanced_accuracy_drop: 0.02, recall_drop: 0.05}}
+seed: 1
+"""
+
 _CARD = """\
 # {name}
 
@@ -284,6 +300,7 @@ SHA-256:
 | `holdout.npz` | the same for {holdout} other people |
 | `care.yaml` | the property to repair: neither sex nor race may decide |
 | `care-sex.yaml` | the same for sex alone |
+| `care-gap.yaml` | whatever is read: of people above 50K, no sex may be recognised much more often |
 
 The columns of `x`, where a name with `=` stands for one-hot columns, one for each value:
 
