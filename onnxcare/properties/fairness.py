@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from onnxcare.data import Dataset, PartName, Splits
+from onnxcare.data import Dataset, PartName, Splits, joined
 from onnxcare.errors import SpecError
 from onnxcare.graph.influence import certify
 from onnxcare.graph.model import Signature
@@ -352,7 +352,12 @@ def prepare(
         limit = spec.individual_limit
         found.append(IndividualFairness(spec.name, limit, variation, spec.favourable, searched, bounds))
     if spec.max_gap is not None:
-        parts: dict[PartName, Dataset] = {part: splits.part(part) for part in ("repair", "search", "validation")}
+        # Few rows are of the smallest group and favourable: those of the search part help to tell a gap from chance.
+        parts: dict[PartName, Dataset] = {
+            "repair": splits.repair,
+            "search": splits.search,
+            "validation": joined(splits.search, splits.validation),
+        }
         found.append(GroupFairness(spec, variation, parts))
     return found
 

@@ -1,13 +1,16 @@
 """`--method auto`: a portfolio of strategies, and rounds of them.
 
 A round asks the strategies that fit the case, the cheap and exact ones first, until one offers a candidate that keeps
-every limit on validation data; the best of all candidates is taken. What it leaves (limits that are still broken, or
+every limit on validation data; where one settles a property and others are left, the next ones go on from there. The
+best of all candidates is taken. What it leaves (limits that are still broken, or
 counterexamples that a fresh search finds) is worked on in the next round, on the changed model, but still compared
 with the original. No change at all competes too.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -63,27 +66,55 @@ def _better(found: Outcome, before: Outcome, further: bool) -> bool:
 
 
 def _round(case: Case) -> tuple[list[Found], dict[str, Any]]:
-    """Ask the strategies that fit, until one keeps every limit."""
+    """Ask the strategies that fit, until one keeps every limit; behind one that settles a property, go on from it."""
     found: list[Found] = []
     details: dict[str, Any] = {}
     failure = ModelError(f"{case.experiment.model.path}: nothing is known that could repair such a property")
+    start, settled = case, None
     for strategy in _STRATEGIES:
-        if not strategy.applies(case):
+        if not strategy.applies(start):
             continue
         name = strategy.__name__.rpartition(".")[2]
+        start.progress(f"repairing by {name.replace('_', ' ')}")
         try:
-            offered = strategy.propose(case)
+            offered = strategy.propose(start)
         except (ModelError, np.linalg.LinAlgError) as error:
             details[name] = {"failed": str(error)}  # another strategy may do without what this one needs
             failure = error if isinstance(error, ModelError) else failure
             continue
-        found += offered.found
         details[name] = dict(offered.details)
-        if any(item.candidate.outcome.violation == 0 for item in offered.found):
+        here = [_behind(settled, item) for item in offered.found]
+        found += here
+        if any(item.candidate.outcome.violation == 0 for item in here):
             break
+        settling = [item for item in here if _settles(case, start.before, item.candidate.outcome)]
+        if settling:
+            settled = min(settling, key=lambda item: item.candidate.outcome.rank)
+            start = case.patched(settled.make())
     if not found:
         raise failure
     return found, details
+
+
+def _behind(first: Found | None, second: Found) -> Found:
+    """Return a candidate that was worked out on top of another one, with the values of both."""
+    if first is None:
+        return second
+    label = f"{first.candidate.label}; then {second.candidate.label}"
+    return Found(Candidate(label, second.candidate.outcome), partial(_merged, first.make, second.make))
+
+
+def _merged(first: Callable[[], Values], second: Callable[[], Values]) -> Values:
+    return {**first(), **second()}
+
+
+def _settles(case: Case, before: Outcome, after: Outcome) -> bool:
+    """Return whether a property that broke its limit keeps it now."""
+    limits = [item.max_rate for item in case.properties]
+    return any(
+        limit is not None and was > limit >= now
+        for limit, was, now in zip(limits, before.excess, after.excess, strict=True)
+    )
 
 
 def _notes(case: Case, values: Values) -> list[str]:

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
 from onnxcare.case import Case
 from onnxcare.experiment import Activations, Suffix
+from onnxcare.graph.influence import trace
 from onnxcare.graph.layers import Layer
 from onnxcare.graph.parameters import Parameter
 from onnxcare.panel import Outcome, Panel
+from onnxcare.properties.fairness import IndividualFairness
 from onnxcare.repair import closed_form
 from onnxcare.runtime import batches
 
@@ -71,6 +73,30 @@ def matrix_of(case: Case, layer: Layer) -> Array:
     """Return the layer's present matrix, float64."""
     bias = None if layer.bias is None else case.read(layer.bias)
     return layer.matrix(case.read(layer.weight), bias).astype(np.float64)
+
+
+def without_rows(rows: Array) -> Callable[[Array], Array]:
+    """Return what takes rows of a layer's matrix out of a gradient."""
+
+    def hold(slope: Array) -> Array:
+        held = slope.copy()
+        held[:, rows] = 0
+        return held
+
+    return hold
+
+
+def protected_rows(case: Case) -> dict[str, Array]:
+    """Return the rows, by layer, through which protected attributes enter the original: only cutting touches them."""
+    found: dict[str, Array] = {}
+    experiment = case.original or case.experiment
+    for item in case.properties:
+        if isinstance(item, IndividualFairness):
+            columns = item.variation.columns.tolist()
+            for entry in trace(experiment.copy, item.variation.input, columns, experiment.output).entries:
+                known = found.get(entry.layer.name, np.zeros(0, np.int64))
+                found[entry.layer.name] = np.union1d(known, entry.columns)
+    return found
 
 
 def patched_outcome(case: Case, values: Mapping[Parameter, Array], panel: Panel) -> Outcome:

@@ -26,7 +26,7 @@ from onnxcare.graph.parameters import Parameter
 from onnxcare.properties.fairness import Attribute, IndividualFairness
 from onnxcare.repair import cmaes
 from onnxcare.repair.base import Candidate, Found, Proposals
-from onnxcare.repair.bench import changed, matrix_of, patched_outcome
+from onnxcare.repair.bench import changed, matrix_of, patched_outcome, without_rows
 from onnxcare.repair.finetune import tune
 
 Array = np.ndarray
@@ -146,14 +146,8 @@ def _tuned(case: Case, cuts: Sequence[_Cut], shares: Array) -> list[Found]:
     found = []
     for layer in {cut.layer.name: cut.layer for cut in cuts}.values():
         gone = np.concatenate([cut.columns for cut in cuts if cut.layer.name == layer.name])
-
-        def hold(slope: Array, gone: Array = gone) -> Array:
-            slope = slope.copy()
-            slope[:, gone] = 0
-            return slope
-
         try:
-            tuned = tune(patched, layer, _TUNED_RATE, _TUNED_STEPS, hold=hold)
+            tuned = tune(patched, layer, _TUNED_RATE, _TUNED_STEPS, hold=without_rows(gone))
         except (NoGradient, ModelError):
             continue
         if not tuned.steps:

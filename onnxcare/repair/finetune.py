@@ -25,7 +25,7 @@ from onnxcare.graph.gradients import NoGradient
 from onnxcare.graph.layers import Layer
 from onnxcare.panel import Panel
 from onnxcare.repair.base import Candidate, Found, Proposals
-from onnxcare.repair.bench import changed, matrix_of
+from onnxcare.repair.bench import changed, matrix_of, protected_rows, without_rows
 
 Array = np.ndarray
 
@@ -109,12 +109,13 @@ def propose(case: Case) -> Proposals:
         ModelError: no layer has a derivative behind it.
     """
     layers = [layer for layer in case.experiment.layers if layer.refusal is None]
+    holds = {name: without_rows(rows) for name, rows in protected_rows(case).items()}
     scan: list[Tuned] = []
     skipped: dict[str, str] = {}
     for index, layer in enumerate(layers):
         case.progress(f"trying gradients at {layer.name} ({index + 1} of {len(layers)})")
         try:
-            scan.append(tune(case, layer, _RATES[-1], _SCAN_STEPS, _SCAN_SAMPLES))
+            scan.append(tune(case, layer, _RATES[-1], _SCAN_STEPS, _SCAN_SAMPLES, holds.get(layer.name)))
         except (NoGradient, ModelError) as error:
             skipped[layer.name] = str(error)
     if not scan:
@@ -126,7 +127,7 @@ def propose(case: Case) -> Proposals:
     for item in scan[:_TUNED_LAYERS]:
         for rate in _RATES:
             case.progress(f"fine-tuning {item.layer.name}")
-            tuned = tune(case, item.layer, rate, _STEPS)
+            tuned = tune(case, item.layer, rate, _STEPS, hold=holds.get(item.layer.name))
             table = _Table(case, item.layer, Backward(case.experiment, item.layer.output), validation)
             for share in _SHARES:
                 change = share * tuned.change
