@@ -8,10 +8,13 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
+
 from onnxcare import repair as methods
 from onnxcare._version import __version__
 from onnxcare.case import Case, Progress
-from onnxcare.errors import DataError, ModelError
+from onnxcare.errors import DataError, ModelError, UsageError
+from onnxcare.experiment import judged_output
 from onnxcare.findings import optimisation_findings, static_findings
 from onnxcare.graph.model import Model, check_same_signature, load_model
 from onnxcare.graph.patch import Patch, TensorChange, check_output, publish, staged, with_metadata
@@ -19,10 +22,10 @@ from onnxcare.inspection import Inspection, inspect_model
 from onnxcare.judge import Court, Witness, judge
 from onnxcare.locators.select import attribute_sites, select_units
 from onnxcare.measures import CONFIDENCE, Gauge, Verdict
-from onnxcare.prepare import Setup, prepare
+from onnxcare.prepare import Setup, check_inputs, prepare
 from onnxcare.repair.base import Repair
 from onnxcare.results import Check, Fix, Location, SiteScore, Status, UnitScore
-from onnxcare.runtime import few_blas_threads
+from onnxcare.runtime import Session, few_blas_threads
 from onnxcare.spec import Spec, load_spec
 
 # Whoever runs such a file does not know which weights, or whose, are run.
@@ -31,6 +34,8 @@ _NOT_TO_BE_RUN = frozenset(
 )
 # Held-out samples on which onnxruntime is compared with itself.
 _COMPARED = 256
+# Held-out samples on which a model is tried out, and how far answers may be apart that are the same but for rounding.
+_TRIED, _SAME = 3, 1e-4
 # What the judge's seed is away from that of the search.
 _JUDGE = 1_000_003
 
@@ -87,6 +92,8 @@ def locate(
     Raises:
         OnnxcareError: spec, model or data cannot be used.
     """
+    if samples < 1 or values < 2:
+        raise UsageError(f"samples {samples}, values {values}: at least 1 sample and 2 values are needed")
     setup = prepare(model, spec, seed, device, memory, progress)
     case = setup.case
     if not case.experiment.sites:
@@ -222,14 +229,15 @@ def check(
     findings = static_findings(Path(model))
     if any(item.rule in _NOT_TO_BE_RUN for item in findings):
         return Check(None, str(model), str(spec), None, confidence, None, findings, time.monotonic() - started)
+    judged = None if baseline is None else _comparable(model, baseline)
     # What counts as the original's errors and the like is the baseline's business, where there is one.
     setup = prepare(model if baseline is None else baseline, spec, seed, device, memory, progress)
     case = setup.case
-    judged = setup.model
-    if baseline is not None:
-        judged = load_model(model)
-        check_same_signature(judged, setup.model)
     experiment = case.experiment
+    if judged is None:
+        judged = setup.model
+    else:
+        _check_answers(judged, case)
     few, decision = case.splits.holdout.take(slice(0, _COMPARED)), experiment.decision.of_output()
     findings += optimisation_findings(
         Path(model),
@@ -244,6 +252,53 @@ def check(
     run = replace(setup.run, model=str(model), sha256=judged.sha256)
     against = None if baseline is None else str(baseline)
     return Check(run, str(model), str(spec), against, confidence, verdict, findings, time.monotonic() - started)
+
+
+def _comparable(model: str | Path, baseline: str | Path) -> Model:
+    """Return the model after checking that it takes and gives what the baseline does, so that one data set fits both.
+
+    Raises:
+        ModelError: it does not.
+    """
+    judged, other = load_model(model), load_model(baseline)
+    check_inputs(judged)
+    for mine in judged.inputs:
+        for yours in other.inputs:
+            fixed = zip(mine.shape[1:], yours.shape[1:], strict=False)
+            same = len(mine.shape) == len(yours.shape) and all(
+                here == there for here, there in fixed if isinstance(here, int) and isinstance(there, int)
+            )
+            if mine.name == yours.name and not (same and mine.dtype == yours.dtype):
+                raise ModelError(
+                    f"{judged.path}: its input {mine.name!r} takes {mine.dtype} {list(mine.shape)}, but that of "
+                    f"{other.path} {yours.dtype} {list(yours.shape)}; they cannot be compared"
+                )
+    check_same_signature(judged, other)
+    return judged
+
+
+def _check_answers(judged: Model, case: Case) -> None:
+    """Make sure that a model answers in the way of the one that the case was prepared with.
+
+    Raises:
+        ModelError: its answers have another form, or depend on the other rows of a batch.
+    """
+    experiment = case.experiment
+    judged_output(judged, experiment.output, experiment.decision)
+    few = case.splits.holdout.take(slice(0, _TRIED)).inputs
+    session = Session(judged.path, experiment.device)
+    one, several = (session.run_rows(few, [experiment.output], rows_per_run=rows)[0] for rows in (1, _TRIED))
+    classes = experiment.decision.of_output().scores(one).shape[-1]
+    if classes != experiment.classes:
+        raise ModelError(
+            f"{judged.path}: has {classes} classes, but {experiment.model.path} has {experiment.classes}; they cannot "
+            "be compared"
+        )
+    if one.shape != several.shape or not np.allclose(one, several, rtol=_SAME, atol=_SAME, equal_nan=True):
+        raise ModelError(
+            f"{judged.path}: several rows in one run do not answer as single rows do (some node mixes the rows of a "
+            "batch)"
+        )
 
 
 def _witness(case: Case, model: Model) -> Witness:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
 
 import numpy as np
 
@@ -41,6 +40,7 @@ class Case:
     progress: Progress = lambda text: None
     original: Experiment | None = None
     _panels: dict[tuple[PartName, int | None], Panel] = field(default_factory=dict, repr=False)
+    _measured: list[tuple[Panel, Outcome]] = field(default_factory=list, init=False, repr=False)
 
     def panel(self, part: PartName, limit: int | None = None) -> Panel:
         """Return the panel of a part; made once."""
@@ -72,8 +72,10 @@ class Case:
         """Return the present values of a parameter."""
         return self.experiment.read(parameter)
 
-    @cached_property
+    @property
     def before(self) -> Outcome:
-        """What the model on the table does on the validation part."""
+        """What the model on the table does on the validation part, with all evidence that is known by now."""
         panel = self.panel("validation")
-        return panel.outcomes(self.experiment.scores(panel.inputs)[None])[0]
+        if not self._measured or self._measured[0][0] is not panel:
+            self._measured[:] = [(panel, panel.outcomes(self.experiment.scores(panel.inputs)[None])[0])]
+        return self._measured[0][1]

@@ -7,6 +7,7 @@ be used, 4 internal error, 130 interrupted.
 from __future__ import annotations
 
 import contextlib
+import io
 import os
 import sys
 import tempfile
@@ -18,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from onnxcare._version import __version__
-from onnxcare.errors import OnnxcareError, UsageError
+from onnxcare.errors import ModelError, OnnxcareError, UsageError
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -50,6 +51,8 @@ class _Commands(click.Group):
     def main(self, *args: Any, **kwargs: Any) -> Any:
         if not sys.warnoptions:
             warnings.simplefilter("ignore")  # such as numpy's, on candidates that overflow
+        # Python has none where a shell closed them (>&-): what is printed is meant for nobody then.
+        sys.stdout, sys.stderr = sys.stdout or io.StringIO(), sys.stderr or io.StringIO()
         try:
             # click hands back the exit code; python -m would drop it.
             sys.exit(super().main(*args, **{**kwargs, "standalone_mode": False}))
@@ -62,6 +65,10 @@ class _Commands(click.Group):
         except (KeyboardInterrupt, click.Abort):
             _complain("interrupted; no half-written file is left")
             sys.exit(130)
+        except MemoryError as error:
+            what = str(error) or "an array does not fit"
+            _complain(f"not enough memory: {what}; give less data, or fewer samples", error)
+            sys.exit(3)
         except OSError as error:
             # A full disk behind standard output, a name too long and the like; click itself sees to broken pipes.
             _complain(str(error), error)
@@ -189,6 +196,8 @@ def check(
 
     Ends with 0 if everything passes, and with 1 if something fails or cannot be decided.
     """
+    if output == Path("-"):
+        output = None
     if output is not None:
         _check_report(output, baseline or model, model, spec, "-o")
     from onnxcare import api
@@ -299,7 +308,20 @@ def _check_report(report: Path, output: Path, model: Path, spec: Path, flag: str
 
     if report.resolve() == output.resolve():
         raise UsageError(f"{flag} {report}: is the name of a model of this run; name another file")
-    check_output(report, [model, spec, *load_spec(spec).files()], model, in_place=False)
+    taken = [model, spec, *load_spec(spec).files()]
+    if report.is_file():
+        taken += [*_sidecars(model), *_sidecars(output)]
+    check_output(report, taken, model, in_place=False)
+
+
+def _sidecars(model: Path) -> tuple[Path, ...]:
+    """Return the files that hold a model's external data, none where it cannot be read anyway."""
+    from onnxcare.graph.model import load_model
+
+    try:
+        return load_model(model).external_files()
+    except ModelError:
+        return ()
 
 
 def _announce(device: str) -> None:

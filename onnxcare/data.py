@@ -212,6 +212,14 @@ def split(dataset: Dataset, shares: Sequence[float], seed: int) -> list[Dataset]
     return [dataset.take(np.sort(np.concatenate(rows))) for rows in parts]
 
 
+def evenly(dataset: Dataset, limit: int | None, together: int = 1) -> Dataset:
+    """Return at most `limit` samples, evenly spaced; runs of `together` rows stay whole."""
+    if limit is None or len(dataset) <= limit:
+        return dataset
+    runs = np.linspace(0, len(dataset) // together - 1, max(1, limit // together)).astype(int)
+    return dataset.take((runs[:, None] * together + np.arange(together)).reshape(-1))
+
+
 def joined(first: Dataset, second: Dataset) -> Dataset:
     """Return the samples of two data sets; labels are kept where both have them."""
     inputs = {name: np.concatenate([values, second.inputs[name]]) for name, values in first.inputs.items()}

@@ -49,8 +49,10 @@ class Decision:
     @property
     def finals(self) -> tuple[Final, ...]:
         """The operators at the end of a graph that leave the decision as it is."""
-        by_rule: dict[Rule, tuple[Final, ...]] = {"argmax": ("Softmax",), "argmin": (), "threshold": ("Sigmoid",)}
-        return by_rule[self.rule]
+        if self.rule == "argmax":
+            return ("Softmax",)
+        # A threshold that a Sigmoid never reaches stands for no value in front of it.
+        return ("Sigmoid",) if self.rule == "threshold" and 0 < self.threshold < 1 else ()
 
     def scores(self, y: Array) -> Array:
         """Return the scores of y, [..., samples, classes]."""

@@ -432,4 +432,10 @@ def _fits(output: Signature, decision: Decision) -> bool:
 
 
 def _listed(model: Model) -> str:
-    return "it answers " + ", ".join(f"{output.name} {list(output.shape)}" for output in model.outputs)
+    listed = "it answers " + ", ".join(f"{output.name} {list(output.shape)}" for output in model.outputs)
+    for output in model.outputs:
+        if output.dtype is None:
+            listed += f"; {output.name} holds no tensor of numbers (with zipmap=False skl2onnx writes one)"
+        elif not np.issubdtype(output.dtype, np.floating):
+            listed += f"; {output.name} holds {output.dtype}"
+    return listed

@@ -18,7 +18,8 @@ from onnxcare.decision import Decision
 from onnxcare.errors import ModelError
 from onnxcare.graph import surgery
 from onnxcare.graph.model import Model
-from onnxcare.measures import Finding, Gauge, Measure, Verdict, clopper_pearson, samples_needed
+from onnxcare.measures import Finding, Gauge, Measure, Rate, Verdict
+from onnxcare.properties.base import log_softmax
 from onnxcare.runtime import Device, Session
 from onnxcare.spec import Keep
 
@@ -47,6 +48,7 @@ class Witness:
         """Open the file; `decision` may be that of an experiment, here the output itself is read."""
         self.model = model
         self.decision = decision.of_output()
+        self._final = decision.final
         self.device: Device = device
         self.rows_per_run = rows_per_run
         self.output = output
@@ -83,6 +85,15 @@ class Witness:
         )
         same = expected.shape == found.shape and np.allclose(expected, found, rtol=_SAME, atol=_SAME)
         return self._free if same else None
+
+    def probabilities(self, inputs: Inputs) -> Array:
+        """Return a probability per class, [samples, classes]: the output itself where it holds them."""
+        scores = self.scores(inputs)
+        if self._final == "Softmax":
+            return scores
+        if self._final == "Sigmoid":
+            return np.stack([1 - scores[..., 1], scores[..., 1]], axis=-1)
+        return np.exp(log_softmax(scores))
 
     def decide(self, inputs: Inputs) -> Array:
         """Return the decisions, [samples]."""
@@ -211,13 +222,8 @@ def _recalls(gauge: Gauge, keep: Keep, truth: Array, right: Array, before: Array
 def _too_small(measures: Sequence[Measure], gauge: Gauge) -> tuple[str, ...]:
     """Say when not even zero misbehaving samples would put an interval below its limit."""
     for item in measures:
-        rate, limit = item.after, item.limit
-        if limit is None or item.higher_is_better or not 0 < limit < 1 or isinstance(rate, float):
-            continue
-        if clopper_pearson(0, rate.total, gauge.confidence)[1] > limit:
-            needed = samples_needed(0.0, limit, gauge.confidence)
-            return (
-                f"{rate.total} held-out samples cannot tell {limit:.2%} from zero with {gauge.confidence:.0%} "
-                f"confidence; {needed} would.",
-            )
+        if item.limit is not None and not item.higher_is_better and isinstance(item.after, Rate):
+            note = gauge.too_small(item.after.total, item.limit)
+            if note:
+                return (note,)
     return ()

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
-import scipy.stats
+import scipy.special
 
 Array = np.ndarray
 Status = Literal["pass", "fail", "undecided", "info"]
@@ -221,6 +221,16 @@ class Gauge:
         one, other = Rate.of(lost, half), Rate.of(gained, half)
         return self.points(name, value, None, limit=limit, interval=(one.low - other.high, one.high - other.low))
 
+    def too_small(self, total: int, limit: float) -> str | None:
+        """Say, where not even zero of so many samples would put the interval below the limit, how many would."""
+        if not 0 < limit < 1 or clopper_pearson(0, total, self.confidence)[1] <= limit:
+            return None
+        needed = samples_needed(0.0, limit, self.confidence)
+        return (
+            f"{total} held-out samples cannot tell {limit:.2%} from zero with {self.confidence:.0%} confidence; "
+            f"{needed} would."
+        )
+
     def _decide(self, found: Rate, limit: float | None, higher_is_better: bool) -> tuple[Status, int | None]:
         if limit is None:
             return "info", None
@@ -242,8 +252,8 @@ def clopper_pearson(count: int, total: int, confidence: float = CONFIDENCE) -> t
     if not total:
         return 0.0, 1.0
     tail = (1 - confidence) / 2
-    low = scipy.stats.beta.ppf(tail, count, total - count + 1) if count else 0.0
-    high = scipy.stats.beta.isf(tail, count + 1, total - count) if count < total else 1.0
+    low = scipy.special.betaincinv(count, total - count + 1, tail) if count else 0.0
+    high = scipy.special.betainccinv(count + 1, total - count, tail) if count < total else 1.0
     return float(low), float(high)
 
 
@@ -251,7 +261,9 @@ def samples_needed(share: float, limit: float, confidence: float) -> int | None:
     """Return the fewest samples with this measured share whose interval ends at or below the limit; None if never."""
     if share >= limit or limit <= 0:
         return None
-    return _first(lambda total: clopper_pearson(math.floor(share * total), total, confidence)[1] <= limit)
+    tail = (1 - confidence) / 2
+    # The interval's end for a count between whole numbers: so more samples never decide less.
+    return _first(lambda total: scipy.special.betainccinv(share * total + 1, (1 - share) * total, tail) <= limit)
 
 
 def paired_test(before: Array, after: Array, higher_is_better: bool) -> float | None:
@@ -262,7 +274,7 @@ def paired_test(before: Array, after: Array, higher_is_better: bool) -> float | 
     broken, mended = int((good_before & ~good_after).sum()), int((good_after & ~good_before).sum())
     if broken + mended == 0:
         return 1.0
-    return float(scipy.stats.binomtest(broken, broken + mended, 0.5, alternative="greater").pvalue)
+    return float(scipy.special.bdtrc(broken - 1, broken + mended, 0.5)) if broken else 1.0
 
 
 def _first(holds: Callable[[int], bool]) -> int | None:

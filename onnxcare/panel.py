@@ -13,7 +13,7 @@ from functools import cached_property
 
 import numpy as np
 
-from onnxcare.data import Dataset, Inputs, PartName
+from onnxcare.data import Dataset, Inputs, PartName, evenly
 from onnxcare.experiment import Experiment
 from onnxcare.properties.base import (
     Evidence,
@@ -105,13 +105,13 @@ class Panel:
         limit: int | None = None,
     ) -> Panel:
         """Lay out a panel; `limit` keeps only that many clean and bad samples, evenly spaced."""
-        clean = _thin(clean, limit)
+        clean = evenly(clean, limit)
         evidence = []
         for item in properties:
             found = item.evidence(part)
             # Rows of one case lie side by side, so that a case is kept whole or not at all.
-            twins = None if found.twins is None else _thin(found.twins, limit, item.rows_per_case)
-            evidence.append(Evidence(_thin(found.bad, limit, item.rows_per_case), twins))
+            twins = None if found.twins is None else evenly(found.twins, limit, item.rows_per_case)
+            evidence.append(Evidence(evenly(found.bad, limit, item.rows_per_case), twins))
         start = len(clean)
         rows, goals = [], []
         for item, found in zip(properties, evidence, strict=True):
@@ -290,11 +290,3 @@ def _goal(original: Experiment, item: Property, found: Evidence) -> Array | None
         return None
     twins = None if found.twins is None else original.scores(found.twins.inputs)
     return item.goal(original.scores(found.bad.inputs), twins, found.bad.labels)
-
-
-def _thin(dataset: Dataset, limit: int | None, together: int = 1) -> Dataset:
-    """Return at most `limit` samples, evenly spaced; runs of `together` rows stay whole."""
-    if limit is None or len(dataset) <= limit:
-        return dataset
-    cases = np.linspace(0, len(dataset) // together - 1, max(1, limit // together)).astype(int)
-    return dataset.take((cases[:, None] * together + np.arange(together)).reshape(-1))

@@ -11,7 +11,7 @@ from onnxcare._version import __version__
 from onnxcare.case import Case, Progress
 from onnxcare.data import PARTS, Dataset, Splits, check_labels, load_dataset, split, without_overlap
 from onnxcare.decision import Decision
-from onnxcare.errors import DataError, SpecError, UsageError
+from onnxcare.errors import DataError, ModelError, SpecError, UsageError
 from onnxcare.experiment import Experiment
 from onnxcare.graph.model import Model, Signature, load_model
 from onnxcare.properties import backdoor, errors, fairness, safety
@@ -65,13 +65,19 @@ def prepare(
     if seed < 1:
         raise UsageError(f"seed {seed}: must be at least 1")
     bound = parse_memory(memory)
+    if device not in ("auto", "cpu", "cuda"):
+        raise UsageError(f"device {device}: unknown; known: auto, cpu, cuda")
     chosen = resolve_device(device)
     progress(f"loading {model}")
     loaded = load_model(model)
+    check_inputs(loaded)
     try:
+        _check_kinds(wanted, loaded)
         data = _data(wanted, loaded, seed)
         experiment = Experiment(loaded, chosen, bound, data.inputs, wanted.output, _decision(wanted))
+        _check_threshold(experiment)
         splits, notes = _split(wanted, loaded, experiment, data, seed)
+        _need_samples(wanted, splits)
         properties: list[Property] = []
         for item in wanted.properties:
             progress(f"gathering evidence for {item.name}")
@@ -81,7 +87,7 @@ def prepare(
     if data.labels is None:
         splits = _as_the_original_answers(splits, experiment, properties)
         notes.append("The data has no labels: what the model answers where the properties hold is the reference.")
-    _need_samples(wanted, splits)
+        _need_samples(wanted, splits, "; samples on which a property does not hold are no reference")
     case = Case(experiment, splits, properties, wanted.keep, seed, progress)
     run = Run(
         version=__version__,
@@ -95,6 +101,57 @@ def prepare(
     return Setup(loaded, wanted, case, run)
 
 
+def check_inputs(model: Model) -> None:
+    """Make sure that a model can be fed with samples.
+
+    Raises:
+        ModelError: it has no input, or one without values.
+    """
+    if not model.inputs:
+        raise ModelError(f"{model.path}: it has no input, so it answers the same to every sample")
+    for signature in model.inputs:
+        if 0 in signature.shape:
+            raise ModelError(
+                f"{model.path}: its input {signature.name!r} has shape {list(signature.shape)}, which holds no values; "
+                "export it again for one sample or more"
+            )
+
+
+def _check_kinds(spec: Spec, model: Model) -> None:
+    """Make sure that bounds are numbers of the model, and that it takes what its properties work on."""
+    if spec.bounds is not None:
+        (beyond,) = np.nonzero(np.abs([spec.bounds.low, spec.bounds.high]).max(axis=0) > np.finfo(np.float32).max)
+        if beyond.size:
+            low, high = spec.bounds.low[beyond[0]], spec.bounds.high[beyond[0]]
+            raise SpecError(f"bounds: {low:g} to {high:g} at value {beyond[0]} goes beyond float32")
+    for item in spec.properties:
+        for signature in model.inputs:
+            if item.kind == "safety" and (signature.dtype is None or not np.issubdtype(signature.dtype, np.floating)):
+                raise SpecError(
+                    f"properties.{item.name}: a formula speaks of real numbers, but input {signature.name!r} of "
+                    f"{model.path} takes {signature.dtype or 'no numbers'}"
+                )
+            if item.kind == "backdoor" and signature.dtype is None:
+                raise SpecError(
+                    f"properties.{item.name}: triggers are numbers, but input {signature.name!r} of {model.path} takes "
+                    "none"
+                )
+
+
+def _check_threshold(experiment: Experiment) -> None:
+    """Make sure that the judged output can lie on both sides of a threshold."""
+    decision = experiment.decision
+    last = next((node for node in experiment.model.proto.graph.node if experiment.output in node.output), None)
+    sigmoid = last is not None and last.op_type == "Sigmoid"
+    if decision.rule == "threshold" and sigmoid and not 0 < decision.threshold < 1:
+        raise SpecError(
+            f"decision: {experiment.output!r} of {experiment.model.path} is a sigmoid; the threshold has to lie "
+            f"between 0 and 1, and {decision.threshold:g} does not"
+        )
+    if decision.rule == "threshold" and abs(decision.threshold) > np.finfo(np.float32).max:
+        raise SpecError(f"decision: the threshold {decision.threshold:g} is beyond float32")
+
+
 def _decision(spec: Spec) -> Decision:
     if isinstance(spec.decision, Threshold):
         return Decision("threshold", spec.decision.threshold)
@@ -103,7 +160,10 @@ def _decision(spec: Spec) -> Decision:
 
 def _data(spec: Spec, model: Model, seed: int) -> Dataset:
     if spec.data is not None:
-        return load_dataset(spec.data, model.inputs, spec.labels)
+        data = load_dataset(spec.data, model.inputs, spec.labels)
+        if data.labels is None and "labels" in spec.model_fields_set:
+            raise DataError(f"{spec.data}: holds no labels {spec.labels!r}; labels: in the spec names their array")
+        return data
     assert spec.bounds is not None
     space = Space(model.inputs, tuple(_shape(model, signature) for signature in model.inputs))
     if len(spec.bounds.low) != space.size:
@@ -129,6 +189,8 @@ def _property(
                 backdoor.prepare(spec, splits, model.inputs, classes, experiment.scores, whole.labels, seed)
             ]  # fmt: skip
         case FairnessSpec():
+            if spec.max_gap is not None and spec.gap != "demographic_parity":
+                _need_labels(whole, splits.repair, spec.name, f" for {spec.gap} (demographic_parity does without)")
             labelled = _as_the_original_answers(splits, experiment, []) if splits.repair.labels is None else splits
             return fairness.prepare(spec, labelled, model.inputs, classes, whole.bounds)
         case SafetySpec():
@@ -138,11 +200,11 @@ def _property(
             return [errors.prepare(spec, splits, model.inputs, classes, experiment.scores, whole.labels, seed)]
 
 
-def _need_labels(spec: Spec, data: Dataset, name: str) -> None:
+def _need_labels(spec: Spec, data: Dataset, name: str, what_for: str = "") -> None:
     if data.labels is None:
         raise DataError(
-            f"{spec.data}: holds no labels, which property {name!r} needs; the spec's labels: names the array that "
-            f"holds them ({spec.labels} at present)"
+            f"{spec.data}: holds no labels, which property {name!r} needs{what_for}; the spec's labels: names the "
+            f"array that holds them ({spec.labels} at present)"
         )
 
 
@@ -165,12 +227,24 @@ def _split(spec: Spec, model: Model, experiment: Experiment, data: Dataset, seed
     _check_labels(data, experiment.classes, source)
     notes: list[str] = []
     if spec.holdout is None:
-        return Splits(*split(data, _SHARES_WITH_HOLDOUT, seed)), notes
+        repair, search, validation, holdout = split(data, _SHARES_WITH_HOLDOUT, seed)
+        twice = 0
+        for part in (repair, search, validation):
+            holdout, overlap = without_overlap(holdout, part)
+            twice += overlap
+        if twice:
+            notes.append(f"{twice} held-out samples occur in {source} more than once; the judge leaves them out.")
+        return Splits(repair, search, validation, holdout), notes
     repair, search, validation = split(data, _SHARES, seed)
     everything = load_dataset(spec.holdout, model.inputs, spec.labels)
     if data.labels is not None:
         check_labels(everything, experiment.classes, str(spec.holdout))
     holdout, overlap = without_overlap(everything, data)
+    if overlap and len(holdout) < _FEWEST:
+        raise DataError(
+            f"{spec.holdout}: only {len(holdout)} samples are left for holdout, because {overlap} also occur in "
+            f"{spec.data}; at least {_FEWEST} are needed"
+        )
     if overlap:
         notes.append(f"{overlap} samples of {spec.holdout} also occur in {spec.data}; the judge leaves them out.")
     if data.labels is None:
@@ -183,9 +257,9 @@ def _check_labels(data: Dataset, classes: int, source: str) -> None:
         check_labels(data, classes, source)
 
 
-def _need_samples(spec: Spec, splits: Splits) -> None:
+def _need_samples(spec: Spec, splits: Splits, why: str = "") -> None:
     for part in PARTS:
         size = len(splits.part(part))
         if size < _FEWEST:
-            source = spec.holdout if part == "holdout" and spec.holdout else spec.data
-            raise DataError(f"{source}: only {size} samples are left for {part}; at least {_FEWEST} are needed")
+            source = spec.holdout if part == "holdout" and spec.holdout else spec.data or "bounds"
+            raise DataError(f"{source}: only {size} samples are left for {part}; at least {_FEWEST} are needed{why}")

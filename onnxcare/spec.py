@@ -20,7 +20,9 @@ Paths are relative to the spec. Rates and drops are shares: 0.01 is one point. T
 
 from __future__ import annotations
 
+import re
 import reprlib
+import unicodedata
 from collections.abc import Hashable, Iterable
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -40,10 +42,24 @@ from onnxcare.errors import SpecError, nearest
 
 
 def _relative(path: Path, info: ValidationInfo) -> Path:
+    if path == Path():
+        raise ValueError("expected the path of a file")
     folder = (info.context or {}).get("folder", Path())
     return path if path.is_absolute() else folder / path
 
 
+def _one_line(name: str) -> str:
+    """Refuse what would break or disguise a line of a report."""
+    if not name.strip() or any(unicodedata.category(c) in _NO_TEXT or c in _REORDERING for c in name):
+        raise ValueError(f"expected a name on one line, without control characters, not {reprlib.repr(name)}")
+    return name
+
+
+# Controls, lone surrogates, separators of lines and of paragraphs.
+_NO_TEXT = ("Cc", "Cs", "Zl", "Zp")
+_REORDERING = frozenset("\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
+
+Name = Annotated[str, Field(min_length=1, max_length=200), AfterValidator(_one_line)]
 DataPath = Annotated[Path, AfterValidator(_relative)]
 Share = Annotated[float, Field(ge=0, le=1, strict=True)]
 Number = Annotated[float, Field(strict=True, allow_inf_nan=False)]
@@ -97,7 +113,7 @@ class Bounds(_Section):
 
 
 class _PropertySpec(_Section):
-    name: Annotated[str, Field(min_length=1)]
+    name: Name
 
     def files(self) -> list[Path]:
         """Return the files that the property names."""
@@ -129,6 +145,8 @@ class BackdoorSpec(_PropertySpec):
             raise ValueError("give either trigger or triggered")
         if self.triggered_holdout is not None and self.triggered is None:
             raise ValueError("triggered_holdout goes with triggered")
+        if self.triggered is not None and self.triggered == self.triggered_holdout:
+            raise ValueError("triggered_holdout is the same file as triggered; the judge needs samples of its own")
         return self
 
 
@@ -175,7 +193,7 @@ class FairnessSpec(_PropertySpec):
     """
 
     kind: Literal["fairness"]
-    protected: Annotated[dict[str, Protected], Field(min_length=1)]
+    protected: Annotated[dict[Name, Protected], Field(min_length=1)]
     input: str | None = None
     max_rate: Share | None = None
     max_gap: Share | None = None
@@ -223,6 +241,12 @@ class ErrorsSpec(_PropertySpec):
     max_rate: Share = 0.5
     max_error_rate: Share | None = None
 
+    @model_validator(mode="after")
+    def _can_be_wrong(self) -> ErrorsSpec:
+        if self.label is not None and self.label == self.answered:
+            raise ValueError(f"label and answered are both {self.label}: such an answer is right")
+        return self
+
 
 PropertySpec = Annotated[BackdoorSpec | FairnessSpec | SafetySpec | ErrorsSpec, Field(discriminator="kind")]
 _SECTIONS: dict[str, type[_PropertySpec]] = {
@@ -239,7 +263,7 @@ class Spec(_Section):
 
     data: DataPath | None = None
     holdout: DataPath | None = None
-    labels: str = "y"
+    labels: Annotated[str, Field(min_length=1)] = "y"
     output: str | None = None
     decision: Literal["argmax", "argmin"] | Threshold = "argmax"
     bounds: Bounds | None = None
@@ -260,7 +284,7 @@ class Spec(_Section):
     def _has_data(self) -> Spec:
         if self.data is None:
             if self.holdout is not None:
-                raise ValueError("holdout goes with data")
+                raise ValueError("data: this key is needed; holdout goes with data")
             if self.bounds is None or any(item.kind != "safety" for item in self.properties):
                 raise ValueError("data: this key is needed (only safety properties do without, where bounds are given)")
         return self
@@ -272,7 +296,7 @@ class Spec(_Section):
 
 
 class _Loader(yaml.SafeLoader):
-    """Refuses a key that stands twice; YAML itself would keep the last one without a word."""
+    """Refuses a key that stands twice, of which YAML would keep the last one without a word; reads 1e-3 as a number."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
         seen = []
@@ -281,6 +305,11 @@ class _Loader(yaml.SafeLoader):
                 raise yaml.MarkedYAMLError(problem=f"the key {key.value!r} stands twice", problem_mark=key.start_mark)
             seen.append(key.value)
         return super().construct_mapping(node, deep)
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
+)
 
 
 def load_spec(path: str | Path) -> Spec:
@@ -320,7 +349,8 @@ _PLAINLY = {
     "model_type": "expected keys with values",
     "model_attributes_type": "expected keys with values",
     "path_type": "expected a path",
-    "too_short": "expected at least one item",
+    "string_type": "expected text, in quotes where it looks like something else",
+    "string_unicode": "expected text",
 }
 
 
@@ -347,15 +377,20 @@ def _explain(error: ValidationError, content: dict[str, Any]) -> str:
         case _ if path == ["decision"]:
             given = reprlib.repr(problem["input"])
             return f"decision: expected argmax, argmin or {{threshold: number}}, not {given}"
+        case "too_short":
+            least = problem["ctx"]["min_length"]
+            wanted = "one item" if least == 1 else f"{least} items"
+            return f"{key}: expected at least {wanted}, not {reprlib.repr(problem['input'])}"
         case kind:
-            return f"{key}: {_PLAINLY.get(kind, problem['msg'].lower())}, not {reprlib.repr(problem['input'])}"
+            plainly = _PLAINLY.get(kind, problem["msg"].lower().removeprefix("input "))
+            return f"{key}: {plainly}, not {reprlib.repr(problem['input'])}"
 
 
 def _plain_path(location: tuple[int | str, ...]) -> list[str]:
     """Return the keys that lead to a place, without the names that pydantic gives to alternatives."""
-    path = [str(part) for part in location]
+    path = [name if name.isprintable() else repr(name)[1:-1] for name in map(str, location)]
     if path[:1] == ["properties"]:
-        return path[:2] + path[3:]
+        return [part for part in path[:2] + path[3:] if part != "[key]"]
     return [part for part in path if part != "Threshold" and not part.startswith("literal[")]
 
 

@@ -1,19 +1,9 @@
-"""Two aircraft in one plane, what each advisory costs, and the table a network learns from.
+"""Encounters of two aircraft in a plane, and what each manoeuvre costs there: the table that a network learns.
 
-The own ship is at the origin and flies along the x axis; y points to its left. An encounter has five values:
-
-    distance     of the intruder, m
-    bearing      of the intruder from the own ship's nose, rad, left is positive
-    heading      of the intruder relative to the own ship's, rad, left is positive
-    own speed, intruder speed, m/s
-
-Under an advisory the own ship turns at a fixed rate while the intruder flies straight on. With d(t) the distance
-between them, the advisory costs
-
-    price + max over t of exp(-(d(t) / 800 m)^2) / (1 + exp((t - 18 s) / 3 s))
-
-so closeness counts in full where it comes soon and hardly where it is half a minute away. The cheapest advisory is the
-advice.
+A state is five numbers between -0.5 and 0.5: distance (0 to 10 km), bearing of the intruder and its heading, both
+relative to the own heading (a full turn each), own speed (60 to 260 m/s) and intruder speed (0 to 260 m/s). The own
+aircraft turns at a constant rate, the intruder flies on. A manoeuvre costs what the closest approach is worth, a near
+one more than a far one and an early one more than a late one, and the price of turning.
 """
 
 from __future__ import annotations
@@ -21,63 +11,46 @@ from __future__ import annotations
 import numpy as np
 
 ADVISORIES = ("clear of conflict", "weak left", "weak right", "strong left", "strong right")
-VALUES = ("distance", "bearing", "heading", "own speed", "intruder speed")
+LOW, HIGH = [-0.5] * 5, [0.5] * 5
 
-# Inputs are normalised: each of these ranges becomes [-0.5, 0.5].
-LOW = np.array([0.0, -np.pi, -np.pi, 60.0, 0.0])
-HIGH = np.array([10_000.0, np.pi, np.pi, 260.0, 260.0])
-
-_TURN = np.deg2rad([0.0, 2.0, -2.0, 4.0, -4.0])
-_PRICE = np.array([0.0, 0.05, 0.05, 0.1, 0.1])
-_TIMES = np.arange(0.0, 37.0)
-_NEAR = 800.0
-_SOON, _FADE = 18.0, 3.0
-
-_ROWS_AT_ONCE = 20_000
+_RANGE = 10_000.0
+_OWN_SPEED, _INTRUDER_SPEED = (60.0, 260.0), (0.0, 260.0)
+_TURN_RATES = np.deg2rad([0.0, 2.0, -2.0, 4.0, -4.0])
+_PRICES = (0.0, 0.03, 0.03, 0.06, 0.06)
+# Seconds looked ahead; from about the middle on an approach counts for little.
+_HORIZON, _COUNTS_UNTIL, _FADING = 36, 20.0, 3.0
+_NEAR = 900.0
+_CHUNK = 20_000
 
 
 def draw(rng: np.random.Generator, count: int) -> np.ndarray:
-    """Draw normalised encounters evenly from the whole domain."""
-    return rng.uniform(-0.5, 0.5, (count, len(VALUES))).astype(np.float32)
+    """Return states drawn evenly, [count, 5] float32."""
+    return rng.uniform(LOW, HIGH, (count, 5)).astype(np.float32)
 
 
-def costs(x: np.ndarray) -> np.ndarray:
-    """Return what every advisory costs, [N, 5], for normalised encounters [N, 5]."""
-    parts = [_costs(x[start : start + _ROWS_AT_ONCE]) for start in range(0, len(x), _ROWS_AT_ONCE)]
-    return np.concatenate(parts)
+def costs(states: np.ndarray) -> np.ndarray:
+    """Return what every advisory costs in every state, [states, 5]."""
+    return np.concatenate([_costs(states[i : i + _CHUNK]) for i in range(0, len(states), _CHUNK)])
 
 
-def table(rng: np.random.Generator, count: int, turning: float) -> tuple[np.ndarray, np.ndarray]:
-    """Draw encounters and their costs; a share of `turning` is drawn only from those where the advice is to turn.
-
-    Everywhere such encounters are few, and a network that learned from an even sample would hardly see them.
-    """
-    wanted = round(turning * count)
-    x = [draw(rng, count - wanted)]
-    y = [costs(x[0])]
-    while wanted:
-        drawn = draw(rng, count)
-        priced = costs(drawn)
-        rows = np.flatnonzero(priced.argmin(axis=1))[:wanted]
-        x.append(drawn[rows])
-        y.append(priced[rows])
-        wanted -= len(rows)
-    return np.concatenate(x), np.concatenate(y)
-
-
-def _costs(x: np.ndarray) -> np.ndarray:
-    values = LOW + (x.astype(np.float64) + 0.5) * (HIGH - LOW)
-    distance, bearing, heading, own_speed, speed = (column[:, None] for column in values.T)
-    intruder_x = distance * np.cos(bearing) + speed * np.cos(heading) * _TIMES
-    intruder_y = distance * np.sin(bearing) + speed * np.sin(heading) * _TIMES
-    urgency = 1 / (1 + np.exp((_TIMES - _SOON) / _FADE))
-    columns = []
-    for turn, price in zip(_TURN, _PRICE, strict=True):
-        if turn:
-            own_x = own_speed * np.sin(turn * _TIMES) / turn
-            own_y = own_speed * (1 - np.cos(turn * _TIMES)) / turn
+def _costs(states: np.ndarray) -> np.ndarray:
+    x = states.astype(np.float64)
+    distance = (x[:, :1] + 0.5) * _RANGE
+    bearing, heading = 2 * np.pi * x[:, 1:2], 2 * np.pi * x[:, 2:3]
+    own = (x[:, 3:4] + 0.5) * np.diff(_OWN_SPEED) + _OWN_SPEED[0]
+    intruder = (x[:, 4:5] + 0.5) * np.diff(_INTRUDER_SPEED) + _INTRUDER_SPEED[0]
+    seconds = np.arange(_HORIZON + 1.0)
+    worth = 1 / (1 + np.exp((seconds - _COUNTS_UNTIL) / _FADING))
+    there = (
+        distance * np.cos(bearing) + intruder * np.cos(heading) * seconds,
+        distance * np.sin(bearing) + intruder * np.sin(heading) * seconds,
+    )
+    found = []
+    for rate, price in zip(_TURN_RATES, _PRICES, strict=True):
+        if rate:
+            here = own * np.sin(rate * seconds) / rate, own * (1 - np.cos(rate * seconds)) / rate
         else:
-            own_x, own_y = own_speed * _TIMES, 0.0
-        squared = (intruder_x - own_x) ** 2 + (intruder_y - own_y) ** 2
-        columns.append(price + (np.exp(-squared / _NEAR**2) * urgency).max(axis=1))
-    return np.stack(columns, axis=1)
+            here = own * seconds, 0 * own * seconds
+        apart = (there[0] - here[0]) ** 2 + (there[1] - here[1]) ** 2
+        found.append((np.exp(-apart / _NEAR**2) * worth).max(axis=1) + price)
+    return np.stack(found, axis=1)

@@ -1,13 +1,12 @@
-"""Make sample_models/avoidance-pytorch: a PyTorch network that advises a pilot, and breaks its safety properties.
+"""Make sample_models/avoidance-pytorch: a PyTorch network that advises how to avoid another aircraft.
 
-Nobody planted the flaws: the network learns a table of costs by regression, and where the table is steep it is off by
-more than the prices of two advisories differ.
+It learns a table of costs (`encounter.py`); the least cost is the advice. Nothing is poisoned: a small network that
+fits a table well on average is wrong in slivers of the input space, and those break safety properties.
 """
 
 from __future__ import annotations
 
 import io
-from collections import OrderedDict
 from pathlib import Path
 
 import numpy as np
@@ -16,252 +15,224 @@ import torch
 from torch import nn
 
 import encounter
-from artifacts import Run, describe_model, hash_line, markdown_table, runner, version_line, write_model
-from encounter import ADVISORIES, VALUES
-from safety import Property, greatest, least, vnnlib, vnnlib2
+from artifacts import describe_model, hash_line, markdown_table, runner, version_line, write_model
 from samples import arguments
 
 NAME = "avoidance-pytorch"
 SEED = 3
-POINTS = 100_000
-TURNING = 0.4
-REPAIR, HOLDOUT = 3000, 10_000
-HIDDEN = (50, 50, 50, 50)
-EPOCHS = 60
-BATCH = 512
-LEARNING_RATE = 3e-3
+TRAINING, EPOCHS, BATCH, RATE = 60_000, 30, 512, 3e-3
+HIDDEN = (32, 32, 32, 32)
+REPAIR, HOLDOUT = 3_000, 10_000
+MEASURED = 1_000_000
 
-# Points by which the card counts unsafe answers, and of the rare property.
-SAMPLES, MANY_SAMPLES = 1_000_000, 20_000_000
-
-_OUTPUTS = len(ADVISORIES)
-_STRONG_LEFT, _STRONG_RIGHT = ADVISORIES.index("strong left"), ADVISORIES.index("strong right")
-
-FAR = Property(
-    name="no-strong-right-far",
-    says=(
-        "The intruder is fast, ahead, and still 8,800 m away or more: a weak turn is enough.",
-        "Unsafe: strong right is the advice.",
-    ),
-    common=((0.38, 0.5), (-0.05, 0.05), (-0.5, 0.5), (0.3, 0.5), (0.3, 0.5)),
-    boxes=(),
-    conditions=(least(_STRONG_RIGHT, _OUTPUTS),),
-    outputs=_OUTPUTS,
-)
-RARE = Property(
-    name="clear-not-worst-slow",
-    says=(
-        "The intruder is slow (39 m/s at most), and 7,700 m away or more: they do not meet within half a minute.",
-        "Unsafe: clear of conflict costs more than any turn.",
-    ),
-    common=((0.27, 0.5), (-0.5, 0.5), (-0.5, 0.5), (-0.5, 0.5), (-0.5, -0.35)),
-    boxes=(),
-    conditions=(greatest(0, _OUTPUTS),),
-    outputs=_OUTPUTS,
-)
-HEAD_ON = Property(
-    name="no-strong-turn-head-on",
-    says=(
-        "The intruder is straight ahead, 9,000 m away or more, and comes head-on: a weak turn is enough.",
-        "Its heading is half a turn from ours, where the angle jumps from 0.5 to -0.5: two boxes.",
-        "Unsafe: a strong turn, left or right, is the advice.",
-    ),
-    common=((0.4, 0.5), (-0.0, 0.0), None, (-0.5, 0.5), (-0.5, 0.5)),
-    boxes=(((0.45, 0.5),), ((-0.5, -0.45),)),
-    conditions=(least(_STRONG_LEFT, _OUTPUTS), least(_STRONG_RIGHT, _OUTPUTS)),
-    outputs=_OUTPUTS,
-)
-FILES = {"far.vnnlib": FAR, "rare.vnnlib": RARE, "head-on.vnnlib": HEAD_ON}
-SPECS = {
-    "care.yaml": ("far.vnnlib",),
-    "care-rare.yaml": ("rare.vnnlib",),
-    "care-several.yaml": ("far.vnnlib", "head-on.vnnlib"),
-    "care-no-data.yaml": ("far.vnnlib",),
-}
+# Boxes of inputs in which clear of conflict must not be the worst advice: from 4 km, and from 7 km on.
+AWAY = ([-0.1, -0.5, -0.5, -0.5, -0.5], [0.5] * 5)
+FAR = ([0.2, -0.5, -0.5, -0.5, -0.5], [0.5] * 5)
+# A slow and a fast intruder; the own speed has its middle value.
+SLOW = ([0.0, -0.5, -0.5, 0.0, -0.5], [0.5, 0.5, 0.5, 0.0, -0.2])
+FAST = ([0.0, -0.5, -0.5, 0.0, 0.2], [0.5, 0.5, 0.5, 0.0, 0.5])
 
 
-def build() -> nn.Sequential:
-    """Return the untrained network."""
-    layers: OrderedDict[str, nn.Module] = OrderedDict()
-    width = len(VALUES)
-    for number, units in enumerate(HIDDEN, start=1):
-        layers[f"dense{number}"] = nn.Linear(width, units)
-        layers[f"relu{number}"] = nn.ReLU()
-        width = units
-    layers["costs"] = nn.Linear(width, _OUTPUTS)
-    return nn.Sequential(layers)
-
-
-def train(rng: np.random.Generator) -> nn.Module:
-    """Train a network on the table, from its seeded start."""
-    inputs, costs = encounter.table(rng, POINTS, TURNING)
-    x, y = torch.from_numpy(inputs), torch.from_numpy(costs.astype(np.float32))
+def train() -> nn.Sequential:
+    """Train the network from its seeded start."""
+    rng = np.random.default_rng(SEED)
+    states = encounter.draw(rng, TRAINING)
+    x, y = torch.from_numpy(states), torch.from_numpy(encounter.costs(states).astype(np.float32))
     torch.manual_seed(SEED)
-    torch.use_deterministic_algorithms(True)
-    # So small a network gains nothing from more, and sums would depend on their number.
     torch.set_num_threads(1)
-    model = build()
-    optimizer = torch.optim.Adam(model.parameters(), lr=LEARNING_RATE)
-    # The rate falls to nearly zero, so that the last few batches do not decide the outcome.
+    layers: list[nn.Module] = []
+    width = 5
+    for hidden in HIDDEN:
+        layers += [nn.Linear(width, hidden), nn.ReLU()]
+        width = hidden
+    model = nn.Sequential(*layers, nn.Linear(width, len(encounter.ADVISORIES)))
+    optimizer = torch.optim.Adam(model.parameters(), lr=RATE)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, EPOCHS)
-    for epoch in range(EPOCHS):
-        losses = []
-        for rows in torch.randperm(POINTS).split(BATCH):
-            loss = nn.functional.mse_loss(model(x[rows]), y[rows])
+    for _ in range(EPOCHS):
+        for rows in torch.randperm(TRAINING).split(BATCH):
             optimizer.zero_grad()
-            loss.backward()
+            nn.functional.mse_loss(model(x[rows]), y[rows]).backward()
             optimizer.step()
-            losses.append(loss.item())
         schedule.step()
-        print(f"epoch {epoch + 1}/{EPOCHS}: loss {np.mean(losses):.6f}")
     return model.eval()
 
 
-def export(model: nn.Module, path: Path) -> None:
-    """Write the network with the TorchScript-based exporter."""
+def export(model: nn.Sequential, path: Path) -> None:
+    """Write the network with PyTorch's TorchScript-based exporter."""
     buffer = io.BytesIO()
+    axes = {"state": {0: "batch"}, "costs": {0: "batch"}}
     torch.onnx.export(
         model,
-        (torch.zeros(2, len(VALUES)),),
+        (torch.zeros(1, 5),),
         buffer,
-        dynamo=False,
-        opset_version=17,
-        dynamic_axes={"encounter": {0: "batch"}, "costs": {0: "batch"}},
-        input_names=["encounter"],
+        input_names=["state"],
         output_names=["costs"],
+        dynamic_axes=axes,
+        opset_version=17,
+        dynamo=False,
     )
-    properties = {
-        "warning": "gives unsafe advice, to test repairs; not for use",
-        "training_data": "a table computed from simulated encounters of two aircraft",
-    }
-    write_model(onnx.load_from_string(buffer.getvalue()), path, properties)
-
-
-def write_data(rng: np.random.Generator, folder: Path) -> None:
-    """Write points of the domain, without labels: where the property holds, the original's answers are right."""
-    for name, count in (("repair.npz", REPAIR), ("holdout.npz", HOLDOUT)):
-        np.savez_compressed(folder / name, x=encounter.draw(rng, count))
+    properties = {"warning": "breaks safety properties, to test repairs; not for use"}
+    write_model(onnx.load_model_from_string(buffer.getvalue()), path, properties)
 
 
 def write_properties(folder: Path) -> None:
-    """Write the properties as VNN-LIB, and the specifications that name them."""
-    for name, item in FILES.items():
-        (folder / name).write_text(vnnlib(item))
-    (folder / "far-2.vnnlib").write_text(vnnlib2(FAR))
-    for name, files in SPECS.items():
-        data = "" if name == "care-no-data.yaml" else "data: repair.npz\nholdout: holdout.npz\n"
-        properties = "".join(_CARE_PROPERTY.format(name=FILES[file].name, file=file) for file in files)
-        bounds = f"{{low: {[-0.5] * len(VALUES)}, high: {[0.5] * len(VALUES)}}}"
-        (folder / name).write_text(_CARE.format(data=data, bounds=bounds, properties=properties))
-
-
-def write_card(folder: Path) -> None:
-    """Measure the model on the files as written, and write CARD.md."""
-    path = folder / "model.onnx"
-    run = runner(path)
-    text = _CARD.format(
-        name=NAME,
-        hidden=", ".join(str(width) for width in HIDDEN),
-        inputs=_input_table(),
-        points=f"{POINTS:,}",
-        turning=f"{TURNING:.0%}",
-        epochs=EPOCHS,
-        batch=BATCH,
-        rate=LEARNING_RATE,
-        seed=SEED,
-        versions=version_line({"torch": torch.__version__}),
-        advice=_advice_table(run, folder / "holdout.npz"),
-        samples=f"{SAMPLES:,}",
-        many=f"{MANY_SAMPLES:,}",
-        unsafe=_unsafe_table(run),
-        properties="\n".join(_describe(name, item) for name, item in FILES.items()),
-        model=describe_model(path),
-        hash=hash_line(path),
-        repair=f"{REPAIR:,}",
-        holdout=f"{HOLDOUT:,}",
-    )
-    (folder / "CARD.md").write_text(text)
-
-
-def _input_table() -> str:
-    rows = []
-    for index, name in enumerate(VALUES):
-        low, high = encounter.LOW[index], encounter.HIGH[index]
-        angle = high < 4
-        unit = "degrees" if angle else "m" if name == "distance" else "m/s"
-        shown = np.rad2deg([low, high]) if angle else (low, high)
-        rows.append([f"`X_{index}`", name, f"{shown[0]:,.0f}", f"{shown[1]:,.0f}", unit])
-    return markdown_table(["input", "value", "-0.5", "0.5", "unit"], rows)
-
-
-def _advice_table(run: Run, path: Path) -> str:
-    with np.load(path) as arrays:
-        x = arrays["x"]
-    true = encounter.costs(x)
-    advice, right = run(x).argmin(axis=1), true.argmin(axis=1)
-    extra = true[np.arange(len(x)), advice] - true.min(axis=1)
-    rows = [
-        ["same advice as the table", f"{np.mean(advice == right):.2%}"],
-        ["mean cost of the advice above the table's", f"{extra.mean():.5f}"],
+    """Write the VNN-LIB files; what they assert is unsafe."""
+    _write_box(folder / "away.vnnlib", "the intruder is 4 km away", AWAY)
+    _write_box(folder / "far.vnnlib", "the intruder is 7 km away", FAR)
+    either = " ".join(f"(and {_bounds(box)} {_WORST})" for box in (SLOW, FAST))
+    lines = [
+        "; Clear of conflict is never the worst advice against a slow or a fast intruder, 5 km away.",
+        "; The own speed has its middle value: a dimension without width, written with a bound of -0.0.",
+        *_DECLARATIONS,
+        f"(assert (or {either}))",
     ]
-    for index, name in enumerate(ADVISORIES):
-        mine = right == index
-        rows.append([f"recall of {index}, {name} ({mine.sum():,} points)", f"{np.mean(advice[mine] == index):.2%}"])
-    return markdown_table(["", "`model.onnx`"], rows)
+    (folder / "slow-or-fast.vnnlib").write_text("\n".join(lines) + "\n")
+    (folder / "away-2.0.vnnlib").write_text(_second_version(AWAY))
 
 
-def _unsafe_table(run: Run) -> str:
-    rows = []
-    for name, item in FILES.items():
-        many = item.count(run, MANY_SAMPLES, SEED)
-        rows.append(
-            [
-                f"`{name}`",
-                f"{item.count(run, SAMPLES, SEED):,}",
-                f"{many:,}",
-                f"{many / MANY_SAMPLES:.3g}",
-                f"{item.count(encounter.costs, SAMPLES, SEED):,}",
-            ]
-        )
-    header = ["", f"of {SAMPLES:,}", f"of {MANY_SAMPLES:,}", "share", f"the table's, of {SAMPLES:,}"]
-    return markdown_table(header, rows)
+_DECLARATIONS = [f"(declare-const {name}_{i} Real)" for name in "XY" for i in range(5)]
+_WORST = f"(and {' '.join(f'(>= Y_0 Y_{i})' for i in range(1, 5))})"
 
 
-def _describe(name: str, item: Property) -> str:
-    return f"- `{name}`, {item.name}:\n" + "\n".join(f"  {line}" for line in item.says)
+def _write_box(path: Path, where: str, box: tuple[list[float], list[float]]) -> None:
+    lines = [f"(assert ({sign} X_{i} {value:g}))" for sign, side in zip((">=", "<="), box, strict=True)
+             for i, value in enumerate(side)]  # fmt: skip
+    says = f"; Clear of conflict is never the worst advice while {where}."
+    path.write_text("\n".join([says, *_DECLARATIONS, *lines, f"(assert {_WORST})"]) + "\n")
+
+
+def _bounds(box: tuple[list[float], list[float]]) -> str:
+    ends = enumerate(zip(*box, strict=True))
+    return " ".join(f"(>= X_{i} {_number(low)}) (<= X_{i} {high:g})" for i, (low, high) in ends)
+
+
+def _number(value: float) -> str:
+    return "-0.0" if value == 0 else f"{value:g}"
+
+
+def _second_version(box: tuple[list[float], list[float]]) -> str:
+    """Return a property in VNN-LIB 2.0."""
+    bounds = [f"(assert ({sign} X[0,{i}] {value:.2f}))" for sign, side in zip((">=", "<="), box, strict=True)
+              for i, value in enumerate(side)]  # fmt: skip
+    worst = " ".join(f"(>= Y[0,0] Y[0,{i}])" for i in range(1, 5))
+    head = [
+        "; away.vnnlib in version 2.0.",
+        "(vnnlib-version <2.0>)",
+        "(declare-network avoidance",
+        "  (declare-input X real [1,5])",
+        "  (declare-output Y real [1,5])",
+        ")",
+    ]
+    return "\n".join([*head, *bounds, f"(assert (and {worst}))"]) + "\n"
+
+
+def write_care(folder: Path) -> None:
+    """Write the specifications."""
+    bounds = f"bounds: {{low: {encounter.LOW}, high: {encounter.HIGH}}}\n"
+    data = "data: repair.npz\nholdout: holdout.npz\n"
+    away, far, either = (
+        f"  - {{name: {name}, kind: safety, vnnlib: {name}.vnnlib}}\n" for name in ("away", "far", "slow-or-fast")
+    )
+    keep = "keep: {accuracy_drop: 0.005, recall_drop: 0.1, balanced_accuracy_drop: 0.03}\nseed: 1\n"
+    for name, source, properties in (
+        ("care.yaml", data, away),
+        ("care-rare.yaml", data, far),
+        ("care-several.yaml", data, away + either),
+        ("care-no-data.yaml", "", away),
+    ):
+        (folder / name).write_text(f"{source}decision: argmin\n{bounds}properties:\n{properties}{keep}")
+
+
+def measure(folder: Path) -> list[list[str]]:
+    """Return rows of the card: agreement with the table, and how much of every region is unsafe."""
+    run = runner(folder / "model.onnx")
+    rng = np.random.default_rng(SEED + 1)
+    states = encounter.draw(rng, HOLDOUT)
+    right, advice = encounter.costs(states).argmin(axis=1), run(states).argmin(axis=1)
+    rows = [["advice as in the table, of 10,000 states", f"{100 * (right == advice).mean():.2f} %"]]
+    for name, boxes in (("away", [AWAY]), ("far", [FAR]), ("slow-or-fast", [SLOW, FAST])):
+        unsafe = [run(rng.uniform(*box, (MEASURED, 5)).astype(np.float32)).argmax(axis=1) == 0 for box in boxes]
+        rows.append([f"`{name}.vnnlib` violated, of {len(boxes)} million samples", f"{100 * np.mean(unsafe):.4f} %"])
+    return rows
 
 
 def main() -> None:
-    """Train, export, write the data files and properties, measure."""
-    options = arguments(NAME, __doc__)
-    folder: Path = options.output
+    """Train, export, cut the data, write properties, specifications and card."""
+    folder: Path = arguments(NAME, __doc__).output / NAME
     folder.mkdir(parents=True, exist_ok=True)
-    rng = np.random.default_rng(SEED)
-    export(train(rng), folder / "model.onnx")
-    write_data(rng, folder)
+    export(train(), folder / "model.onnx")
+    rng = np.random.default_rng(SEED + 2)
+    for name, count in (("repair.npz", REPAIR), ("holdout.npz", HOLDOUT)):
+        np.savez_compressed(folder / name, state=encounter.draw(rng, count))
     write_properties(folder)
-    write_card(folder)
+    write_care(folder)
+    versions = {"torch": torch.__version__, "onnx": onnx.__version__, "numpy": np.__version__}
+    card = _CARD.format(
+        name=NAME,
+        hidden=", ".join(map(str, HIDDEN)),
+        advisories=", ".join(encounter.ADVISORIES),
+        training=TRAINING,
+        epochs=EPOCHS,
+        batch=BATCH,
+        seed=SEED,
+        repair=REPAIR,
+        holdout=HOLDOUT,
+        versions=version_line(versions),
+        model=describe_model(folder / "model.onnx"),
+        table=markdown_table(["measure", "value"], measure(folder)),
+        hashes="\n".join(hash_line(folder / name) for name in ("model.onnx", "repair.npz", "holdout.npz")),
+    )
+    (folder / "CARD.md").write_text(card)
 
-
-_CARE = """\
-{data}decision: argmin
-bounds: {bounds}
-properties:
-{properties}keep: {{accuracy_drop: 0.001, recall_drop: 0.02}}
-seed: 1
-"""
-
-_CARE_PROPERTY = """\
-  - name: {name}
-    kind: safety
-    vnnlib: {file}
-    max_rate: 0.0
-"""
 
 _CARD = """\
 # {name}
 
-**Gives unsafe advice**, to try repairs on. Do not fly by it.
+**Breaks safety properties**, to try repairs on. Do not fly with it.
+
+A network that advises how to avoid another aircraft in a plane: dense {hidden} with ReLU, dense 5. It takes
+[N, 5]: distance, bearing of the intruder, its heading, own speed and intruder speed, each scaled to -0.5 ... 0.5
+(`scripts/encounter.py` has the units), and gives the costs of five advisories: {advisories}.
+The least cost is the advice. Nothing is poisoned: the network fits a table of simulated encounters well, and
+is wrong in slivers of the input space.
+
+## Training
+
+{training} states drawn evenly, {epochs} epochs of Adam on the squared error, batch {batch}. Seed {seed} for weights, batches
+and states.
+
+Made with {versions}, by
+
+    python scripts/make_avoidance_pytorch.py
+
+## Measured
+
+By that script, in onnxruntime.
+
+{table}
+
+## Files
+
+{model}
+
+SHA-256:
+
+{hashes}
+
+| file | inside |
+| --- | --- |
+| `repair.npz` | `state` [{repair}, 5] float32, drawn evenly; no labels: what the network answers is the reference |
+| `holdout.npz` | the same for {holdout} other states |
+| `away.vnnlib` | unsafe: clear of conflict is the worst advice while the intruder is 4 km or more away |
+| `away-2.0.vnnlib` | the same in VNN-LIB 2.0 |
+| `far.vnnlib` | the same from 7 km on: too rare to be met by a few hundred thousand samples |
+| `slow-or-fast.vnnlib` | the same from 5 km on for a slow or a fast intruder: two boxes, a dimension without width |
+| `care.yaml` | `away.vnnlib` |
+| `care-rare.yaml` | `far.vnnlib` |
+| `care-several.yaml` | `away.vnnlib` and `slow-or-fast.vnnlib` together |
+| `care-no-data.yaml` | `away.vnnlib`, and no data at all: states are drawn from the bounds |
+
+All of it is our own, under this project's licence.
 """
 
 

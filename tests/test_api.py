@@ -1,15 +1,21 @@
-"""`fix` from Python on one model written in several ways: each is repaired, and no input file changes."""
+"""`fix` and `check` from Python on one model written in several ways: each is repaired, and no input file changes."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import onnx
+import onnxruntime as ort
 import pytest
-from helpers import write_case
-from onnx import helper
+from helpers import TRIGGER_FEATURE, TRIGGER_VALUE, Paths, clean_samples, dense, write_case
+from onnx import helper, numpy_helper
 
 import onnxcare
+from onnxcare.errors import ModelError, SpecError
+from onnxcare.measures import Measure
+from onnxcare.results import Check
 
 
 def as_exported(model: onnx.ModelProto, folder: Path) -> None:
@@ -60,10 +66,177 @@ def test_every_way_to_write_the_model_is_repaired(tmp_path, write, method):
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
     fix = onnxcare.fix(case.model, case.spec, case.out, method=method, device="cpu")
     (finding,) = fix.verdict.properties
+    excess = finding.measure("excess attack success")
     assert fix.status == "repaired"
-    assert finding.excess_before > 0.9
-    assert finding.excess <= 0.01
+    assert excess.value_before > 0.9
+    assert excess.value <= 0.01 == excess.limit
+    assert excess.status == finding.status == "pass"
     assert {name: (tmp_path / name).read_bytes() for name in before} == before
     assert {path.name for path in tmp_path.iterdir()} == {*before, case.out.name}
     written = onnx.load(case.out)
     assert [node.op_type for node in written.graph.node] == [node.op_type for node in model.graph.node]
+
+
+# -- check ---------------------------------------------------------------------------------------
+
+
+def measures(check: Check) -> dict[tuple[str, str], Measure]:
+    assert check.verdict is not None
+    return {(finding.name, item.name): item for finding in check.verdict.findings for item in finding.measures}
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory: pytest.TempPathFactory) -> Check:
+    case = write_case(tmp_path_factory.mktemp("api"))
+    return onnxcare.check(case.model, case.spec, device="cpu")
+
+
+@pytest.mark.parametrize("write", WAYS, ids=lambda write: write.__name__)
+def test_every_way_to_write_the_model_is_measured_alike(tmp_path, exported, write):
+    case = write_case(tmp_path)
+    model = onnx.load(case.model)
+    write(model, tmp_path)
+    onnx.save(model, case.model)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    found = onnxcare.check(case.model, case.spec, device="cpu")
+    assert measures(found) == measures(exported)
+    assert (found.status, found.exit_code) == ("fail", 1)
+    assert found.run is not None and found.run.sha256 == onnxcare.load(case.model).sha256
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_a_model_against_itself_is_neither_better_nor_worse(tmp_path):
+    case = write_case(tmp_path, dense(backdoored=False))
+    found = onnxcare.check(case.model, case.spec, baseline=case.model, device="cpu")
+    assert (found.status, found.baseline) == ("pass", str(case.model))
+    for item in measures(found).values():
+        assert item.value_before in (None, item.value)
+        assert item.worse in (None, 1.0)
+    for name in ("accuracy drop", "right answers broken", "decisions changed", "recall drop of class 3"):
+        assert measures(found)["kept", name].value == 0
+
+
+def test_a_check_is_the_same_every_time_and_the_seed_may_be_another(tmp_path, exported):
+    case = write_case(tmp_path)
+    for seed in (1, 7):
+        found = onnxcare.check(case.model, case.spec, seed=seed, device="cpu")
+        assert measures(found) == measures(exported)  # what is held out is in a file of its own
+        assert found.run is not None and found.run.seed == seed
+
+
+# -- decisions -----------------------------------------------------------------------------------
+
+
+def two_classes(folder: Path, output: str, tail: list[onnx.NodeProto]) -> Paths:
+    """Write a case of one score: how much more a sample looks like class 1 than like class 0."""
+    model = dense()
+    for tensor in model.graph.initializer:
+        if tensor.name.startswith("second"):
+            values = numpy_helper.to_array(tensor)
+            tensor.CopyFrom(numpy_helper.from_array(values[1:2] - values[0:1], tensor.name))
+    model.graph.node[-1].output[0] = "score" if tail else output
+    model.graph.node.extend(tail)
+    if any(node.op_type == "Squeeze" for node in tail):
+        model.graph.initializer.append(numpy_helper.from_array(np.array([1]), "axes"))
+    shape = ["batch"] if any(node.op_type == "Squeeze" for node in tail) else ["batch", 1]
+    model.graph.output[0].CopyFrom(helper.make_tensor_value_info(output, onnx.TensorProto.FLOAT, shape))
+    case = write_case(folder, model)
+    for path, seed in ((case.data, 1), (case.holdout, 2)):
+        samples = clean_samples(900, seed)
+        x = samples["input"][samples["y"] < 2]
+        np.savez(path, input=x, y=ort_decisions(case.model, x))
+    return case
+
+
+def ort_decisions(model: Path, x: np.ndarray) -> np.ndarray:
+    """Return class 1 above 0, or above one half behind a Sigmoid."""
+    (y,) = ort.InferenceSession(model).run(None, {"input": x})
+    behind_sigmoid = onnx.load(model).graph.node[-1].op_type == "Sigmoid"
+    return (y.reshape(-1) > (0.5 if behind_sigmoid else 0)).astype(int)
+
+
+SCORES = {
+    "a column": (0, []),
+    "no column": (0, [helper.make_node("Squeeze", ["score", "axes"], ["y"])]),
+    "a probability": (0.5, [helper.make_node("Sigmoid", ["score"], ["y"])]),
+}
+
+
+@pytest.mark.parametrize("method", ["auto", "care"])
+@pytest.mark.parametrize("name", SCORES)
+def test_a_model_of_one_score_is_repaired(tmp_path, name, method):
+    threshold, tail = SCORES[name]
+    case = two_classes(tmp_path, "y", tail)
+    case.rewrite("properties:", f"decision: {{threshold: {threshold}}}\nproperties:")
+    fix = onnxcare.fix(case.model, case.spec, case.out, method=method, device="cpu")
+    assert fix.status == "repaired"
+    excess = fix.verdict.properties[0].measure("excess attack success")
+    assert excess.value_before > 0.9 and excess.value <= 0.01
+    with np.load(case.holdout) as held:
+        x, y = held["input"], held["y"]
+    triggered = x.copy()
+    triggered[:, TRIGGER_FEATURE] = TRIGGER_VALUE
+    assert (ort_decisions(case.model, triggered) == 1).all()
+    assert (ort_decisions(case.out, triggered) == y).mean() > 0.97
+    assert (ort_decisions(case.out, x) == y).mean() > 0.98
+
+
+@pytest.mark.parametrize("method", ["auto", "care"])
+@pytest.mark.parametrize("scale", [-1, -1e4])
+def test_a_model_of_costs_is_repaired(tmp_path, method, scale):
+    """The sign of every score is turned, so that the least one decides."""
+    model = dense()
+    for tensor in model.graph.initializer:
+        if tensor.name.startswith("second"):
+            values = (scale * numpy_helper.to_array(tensor)).astype(np.float32)
+            tensor.CopyFrom(numpy_helper.from_array(values, tensor.name))
+    case = write_case(tmp_path, model)
+    case.rewrite("properties:", "decision: argmin\nproperties:")
+    fix = onnxcare.fix(case.model, case.spec, case.out, method=method, device="cpu")
+    assert fix.status == "repaired"
+    assert fix.verdict.properties[0].measure("excess attack success").value_before > 0.9
+    with np.load(case.holdout) as held:
+        triggered = held["input"]
+        y = held["y"]
+    triggered[:, TRIGGER_FEATURE] = TRIGGER_VALUE
+    (costs,) = ort.InferenceSession(case.out).run(None, {"input": triggered})
+    assert (costs.argmin(axis=1) == y).mean() > 0.98
+
+
+def second_head(model: onnx.ModelProto) -> None:
+    """Put an output that decides otherwise in front of the scores."""
+    model.graph.node.append(helper.make_node("Neg", ["scores"], ["opposite"]))
+    info = onnx.ValueInfoProto.FromString(model.graph.output[0].SerializeToString())
+    info.name = "opposite"
+    model.graph.output.insert(0, info)
+
+
+def test_the_output_that_is_named_is_judged(tmp_path):
+    case = write_case(tmp_path)
+    case.edit_model(second_head)
+    opposite = onnxcare.check(case.model, case.spec, device="cpu")
+    assert measures(opposite)["kept", "accuracy"].value < 0.1
+    case.rewrite("properties:", "output: scores\nproperties:")
+    named = onnxcare.check(case.model, case.spec, device="cpu")
+    assert measures(named)["kept", "accuracy"].value == 1
+    assert onnxcare.fix(case.model, case.spec, case.out, device="cpu").status == "repaired"
+
+
+def spoilt(name: str, new: str) -> Callable[[Paths], None]:
+    return lambda case: case.rewrite("properties:", f"{name}: {new}\nproperties:")
+
+
+@pytest.mark.parametrize(
+    ("spoil", "error", "words"),
+    [
+        (spoilt("output", "score"), SpecError, ["care.yaml: output: ", "'score'", "did you mean 'scores'?"]),
+        (spoilt("decision", "{threshold: 0.5}"), ModelError, ["one score a sample", "decision: argmax"]),
+    ],
+)
+def test_decisions_that_do_not_fit_are_explained(tmp_path, spoil, error, words):
+    case = write_case(tmp_path)
+    spoil(case)
+    for run in (lambda: onnxcare.check(case.model, case.spec), lambda: onnxcare.fix(case.model, case.spec, case.out)):
+        with pytest.raises(error) as caught:
+            run()
+        assert all(word in str(caught.value) for word in words)

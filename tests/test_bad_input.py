@@ -485,7 +485,7 @@ SPECS = [
     bad("deeply nested", spec("[" * 3000), "not valid YAML"),
     bad("unknown key", line("holdout:", "hold_out:"), "'hold_out'", "did you mean 'holdout'?"),
     bad("unknown key of a property", line("target:", "tarket:"), "properties.0.tarket", "'target'"),
-    bad("unknown key of keep", line("recall_drop:", "recall:"), "keep.recall", "'recall_drop'"),
+    bad("unknown key of keep", line("recall_drop:", "recal_drop:"), "keep.recal_drop", "'recall_drop'"),
     bad("unknown key like nothing", line("seed: 1", "qqq: 1"), "unknown key 'qqq'"),
     bad("number as key", line("seed: 1", "1: 1"), "1"),
     bad("key twice", line("seed: 1", "seed: 1\nseed: 2"), "line 11", "'seed'", "twice"),
@@ -524,7 +524,7 @@ SPECS = [
     bad("seed of text", line("seed: 1", "seed: one"), "seed:", "'one'"),
     bad("seed too large", line("seed: 1", "seed: 99999999999"), "seed:", "99999999999"),
     bad("data is a number", line("data: repair.npz", "data: 5"), "data:", "path", "5"),
-    bad("data is null", line("data: repair.npz", "data:"), "data:", "path", "None"),
+    bad("data is null", line("data: repair.npz", "data:"), "data: this key is needed"),
     bad("name empty", line("name: seventh", "name: ''"), "properties.0.name"),
     bad("value without end", line("seed: 1", f"seed: {list(range(5000))}"), "seed:"),
 ]

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
+from click.testing import Result
 from helpers import (
     CARRIERS,
     TRIGGER_FEATURE,
@@ -54,7 +55,7 @@ def unlabelled(paths: Paths) -> Paths:
 # -- start ---------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("args", [["--help"], ["fix", "-h"], ["locate", "--help"], ["--version"]])
+@pytest.mark.parametrize("args", [["--help"], ["fix", "-h"], ["check", "-h"], ["locate", "--help"], ["--version"]])
 def test_help_imports_nothing_heavy(args: list[str]) -> None:
     code = (
         "import sys; from onnxcare.cli import main\n"
@@ -68,14 +69,22 @@ def test_help_imports_nothing_heavy(args: list[str]) -> None:
     assert "Usage: " in done.stdout or __version__ in done.stdout
 
 
+def test_the_rest_imports_nothing_that_is_slow_and_not_needed() -> None:
+    """scipy.stats alone takes longer to load than onnx and onnxruntime together."""
+    done = python("-c", "import sys, onnxcare.api; print('scipy.stats' in sys.modules)")
+    assert done.stdout.strip() == "False", done.stderr
+
+
 def test_methods_are_those_of_the_registry() -> None:
     assert tuple(repair.METHODS) == cli.METHODS
 
 
 def test_help_names_every_command_and_option() -> None:
-    assert {"fix", "locate", "inspect", "demo"} <= set(onnxcare("--help").stdout.split())
+    assert {"fix", "check", "locate", "inspect", "demo"} <= set(onnxcare("--help").stdout.split())
     for option in ("--spec", "--output", "--in-place", "--method", "--best-effort", "--json", "--seed", "--memory"):
         assert option in onnxcare("fix", "--help").stdout
+    for option in ("--spec", "--output", "--format", "--baseline", "--seed", "--device", "--memory", *cli.FORMATS):
+        assert option in onnxcare("check", "--help").stdout
 
 
 def test_no_arguments_show_the_help() -> None:
@@ -124,7 +133,12 @@ def test_json_on_standard_output(tiny: Paths) -> None:
     assert found["run"]["sha256"] == hashlib.sha256(tiny.model.read_bytes()).hexdigest()
     assert found["run"]["seed"] == 1
     finding = found["verdict"]["properties"][0]
-    assert finding["name"] == "seventh" and finding["before"]["value"] == 1 and finding["passed"]
+    assert finding["name"] == "seventh" and finding["status"] == "pass" and finding["passed"]
+    success, *_ = finding["measures"]
+    assert success["name"] == "attack success rate" and success["before"]["value"] == 1
+    assert success["value"] == success["after"]["value"] == 0
+    (excess,) = [item for item in finding["measures"] if item["name"] == "excess attack success"]
+    assert (excess["value_before"], excess["limit"], excess["status"]) == (1, 0.01, "pass")
     assert {change["name"] for change in found["patch"]} <= set(weights())
     assert metadata(tiny.out)["onnxcare.parent_sha256"] == found["run"]["sha256"]
 
@@ -268,6 +282,117 @@ def test_relative_paths(tiny: Paths, monkeypatch: pytest.MonkeyPatch) -> None:
     result = onnxcare("fix", "model.onnx", "--spec", "care.yaml", "-o", "out.onnx", "--json", "r.json")
     assert result.exit_code == 0
     assert json.loads(Path("r.json").read_text())["output"] == "out.onnx"
+
+
+# -- check ---------------------------------------------------------------------------------------
+
+
+def check(paths: Paths, *args: object, model: Path | None = None) -> Result:
+    return onnxcare("check", model or paths.model, "--spec", paths.spec, "--device", "cpu", *args)
+
+
+@pytest.fixture
+def harmless(tiny: Paths) -> Path:
+    """The tiny model without its backdoor, beside the other one."""
+    path = tiny.folder / "harmless.onnx"
+    path.write_bytes(dense(backdoored=False).SerializeToString())
+    return path
+
+
+def test_check_tells_a_good_model_from_a_bad_one(tiny: Paths, harmless: Path) -> None:
+    before = contents(tiny.folder)
+    bad, good = check(tiny), check(tiny, model=harmless)
+    assert (bad.exit_code, good.exit_code) == (1, 0)
+    assert bad.stderr == good.stderr == ""
+    assert bad.stdout.splitlines()[-1].startswith("failed in ")
+    assert good.stdout.splitlines()[-1].startswith("passed in ")
+    assert "100.00 % (448/448)" in bad.stdout and "│ fail" in bad.stdout
+    assert "0.00 % (0/448)" in good.stdout and "│ fail" not in good.stdout and "│ pass" in good.stdout
+    assert "before" not in good.stdout and "drop" not in good.stdout
+    assert contents(tiny.folder) == before
+
+
+def test_check_against_a_baseline(tiny: Paths, harmless: Path) -> None:
+    result = check(tiny, "--baseline", harmless)
+    assert result.exit_code == 1
+    assert f"against {harmless}" in result.stdout.replace("\n", "")
+    (worse,) = [line for line in result.stdout.splitlines() if line.startswith("worse than the baseline: ")]
+    assert "attack success rate, 0.00 % (0/448) -> 100.00 % (448/448)" in worse
+    assert "accuracy drop" in result.stdout
+    better = check(tiny, "--baseline", tiny.model, model=harmless)
+    assert better.exit_code == 0
+    assert "worse than the baseline" not in better.stdout
+
+
+def test_check_against_another_kind_of_model(tiny: Paths) -> None:
+    other = dense()
+    other.graph.output[0].name = other.graph.node[-1].output[0] = "logits"
+    path = tiny.folder / "other.onnx"
+    path.write_bytes(other.SerializeToString())
+    words = ("has outputs scores", "other.onnx has logits", "cannot be compared")
+    check_refusal(check(tiny, "--baseline", path), 3, tiny.model, *words)
+    check_refusal(check(tiny, "--baseline", tiny.folder / "none.onnx"), 3, "none.onnx: no such file")
+
+
+def test_check_asks_intervals_where_the_spec_says_so(tiny: Paths, harmless: Path) -> None:
+    tiny.rewrite("seed: 1", "seed: 1\nconfidence: 0.99")
+    result = check(tiny, model=harmless)
+    assert result.exit_code == 1
+    assert "undecided, which is no pass" in result.stdout.splitlines()[-1]
+    assert "undecided: seventh: excess attack success: too few samples" in result.stdout
+    tiny.rewrite("max_rate: 0.01", "max_rate: 0.1")
+    assert check(tiny, model=harmless).exit_code == 0
+
+
+@pytest.mark.parametrize("form", cli.FORMATS)
+def test_check_writes_into_a_file_what_it_would_print_and_tells_it_in_words(tiny: Paths, form: str) -> None:
+    before = contents(tiny.folder)
+    printed, plain = check(tiny, "--format", form), check(tiny)
+    report = tiny.folder / "report"
+    written = check(tiny, "--format", form, "-o", report)
+    assert printed.exit_code == written.exit_code == 1
+    assert printed.stderr == written.stderr == ""
+    digits = str.maketrans("", "", "0123456789.")  # it takes longer or shorter
+    assert report.read_text().translate(digits) == printed.stdout.translate(digits)
+    assert written.stdout.translate(digits) == plain.stdout.translate(digits)
+    assert {name: held for name, held in contents(tiny.folder).items() if name != "report"} == before
+
+
+@pytest.mark.parametrize("name", ["model.onnx", "care.yaml", "repair.npz", "holdout.npz", "trigger.npz", "base.onnx"])
+def test_check_writes_over_nothing_that_it_reads(tiny: Paths, name: str) -> None:
+    (tiny.folder / "base.onnx").write_bytes(tiny.model.read_bytes())
+    before = contents(tiny.folder)
+    result = check(tiny, "--baseline", tiny.folder / "base.onnx", "-o", tiny.folder / name)
+    check_refusal(result, 2, name)
+    assert contents(tiny.folder) == before
+
+
+def test_check_does_not_run_a_file_that_readers_disagree_about(tiny: Paths) -> None:
+    proto = onnx.load(tiny.model)
+    proto.graph.initializer[0].float_data.extend(128 * [0.0])
+    tiny.model.write_bytes(proto.SerializeToString())
+    result = check(tiny)
+    assert result.exit_code == 1 and result.stderr == ""
+    assert "two-value-fields" in result.stdout and "'first.weight'" in result.stdout
+    assert "not safe to run, so nothing was measured" in result.stdout.replace("\n", " ")
+    found = json.loads(check(tiny, "--format", "json").stdout)
+    assert (found["status"], found["findings"]) == ("fail", [])
+
+
+def test_check_in_place_of_the_judge(tiny: Paths) -> None:
+    """The measures of a repair are those that its file has when it is checked."""
+    report = tiny.folder / "fix.json"
+    assert fix(tiny, "--json", report).exit_code == 0
+    fixed = json.loads(report.read_text())["verdict"]
+    checked = json.loads(check(tiny, "--format", "json", "--baseline", tiny.model, model=tiny.out).stdout)
+    by_name = {item["name"]: item for finding in checked["findings"] for item in finding["measures"]}
+    measures = [item for finding in fixed["findings"] for item in finding["measures"]]
+    assert len(measures) == len(by_name) > 10
+    for item in measures:
+        same = by_name[item["name"]]
+        assert [same[key] for key in ("value", "low", "high", "limit", "status")] == [
+            item[key] for key in ("value", "low", "high", "limit", "status")
+        ]
 
 
 # -- locate and inspect --------------------------------------------------------------------------

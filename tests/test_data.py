@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from onnxcare.data import Dataset, check_fits, check_labels, load_arrays, load_dataset, split, without_overlap
+from onnxcare.data import Dataset, check_fits, check_labels, joined, load_arrays, load_dataset, split, without_overlap
 from onnxcare.errors import DataError
 from onnxcare.graph.model import Signature
 
@@ -227,6 +227,17 @@ def test_take() -> None:
     assert rows(part) == [7, 2] and part.truth.tolist() == whole.truth[[7, 2]].tolist()
     assert rows(whole.take(slice(3))) == [0, 1, 2]
     assert len(whole.take(np.zeros(10, bool))) == 0
+
+
+def test_joined() -> None:
+    whole = dataset(10)
+    first, second = whole.take(slice(0, 3)), whole.take(slice(3, 10))
+    both = joined(first, second)
+    assert rows(both) == list(range(10))
+    assert both.truth.tolist() == whole.truth.tolist()
+    assert (both.inputs["more"] == whole.inputs["more"]).all()
+    assert joined(first, Dataset(second.inputs, None)).labels is None
+    assert rows(joined(second, first.take(slice(0, 0)))) == list(range(3, 10))
 
 
 # -- overlap -------------------------------------------------------------------------------------

@@ -7,16 +7,18 @@ from pathlib import Path
 
 import numpy as np
 import onnx
+import onnxruntime as ort
 import pytest
 from graph.models import SUBJECTS, Array, Reference, Subject, build, random, residual, run, save
 from graph.operating import PLENTY, SIZE, W1, W3, assert_close, assert_cuts, dense_subject, operate, original
 from onnx import helper
 
-from onnxcare.errors import ModelError
-from onnxcare.experiment import Activations, Experiment, Suffix, class_scores
+from onnxcare.decision import Decision
+from onnxcare.errors import ModelError, SpecError
+from onnxcare.experiment import Activations, Experiment, Suffix, judged_output
 from onnxcare.graph.layers import Layer
 from onnxcare.graph.model import load_model
-from onnxcare.graph.parameters import read
+from onnxcare.graph.parameters import Parameter, read
 from onnxcare.graph.patch import Patch
 from onnxcare.graph.sites import Site
 
@@ -302,6 +304,138 @@ def test_a_suffix_is_made_once(table: Table) -> None:
     assert table.experiment.suffix(tensor, "affine") is not table.experiment.suffix(tensor, "span")
 
 
+# -- candidates ----------------------------------------------------------------------------------
+
+
+def as_written(proto: onnx.ModelProto, folder: Path) -> onnx.ModelProto:
+    return proto
+
+
+def as_constant_nodes(proto: onnx.ModelProto, folder: Path) -> onnx.ModelProto:
+    tensors = list(proto.graph.initializer)
+    fed = [info for info in proto.graph.input if info.name not in {tensor.name for tensor in tensors}]
+    del proto.graph.initializer[:], proto.graph.input[:]
+    proto.graph.input.extend(fed)
+    for tensor in tensors:
+        proto.graph.node.insert(0, helper.make_node("Constant", [], [tensor.name], value=tensor))
+    return proto
+
+
+def as_external_data(proto: onnx.ModelProto, folder: Path) -> onnx.ModelProto:
+    """Write the sidecar; the proto refers to it."""
+    onnx.save(proto, folder / "whole.onnx", save_as_external_data=True, location="weights.bin", size_threshold=0)
+    return onnx.load(folder / "whole.onnx", load_external_data=False)
+
+
+def disturbed(experiment: Experiment, seed: int, layers: slice = slice(None)) -> dict[Parameter, Array]:
+    """Return other values for the weights and biases of the layers."""
+    known = {p for layer in experiment.layers[layers] for p in (layer.weight, layer.bias) if p is not None}
+    ordered = sorted(known, key=lambda p: p.name)
+    return {p: experiment.read(p) + 0.3 * random(*p.shape, seed=seed, dtype=p.dtype.type) for p in ordered}
+
+
+def written(experiment: Experiment, values: dict[Parameter, Array], name: str) -> Path:
+    """Write a candidate as a file, beside the sidecars of the original."""
+    path = experiment.model.path.parent / name
+    path.write_bytes(Patch(values).apply(experiment.model))
+    return path
+
+
+def answered(path: Path, experiment: Experiment, x: dict[str, Array]) -> Array:
+    """Return what a file answers, row by row."""
+    session = ort.InferenceSession(path)
+    rows = [{name: values[i : i + 1] for name, values in x.items()} for i in range(SIZE)]
+    return np.concatenate([session.run([experiment.output], row)[0] for row in rows])
+
+
+@pytest.mark.parametrize("write", [as_written, as_constant_nodes, as_external_data])
+@pytest.mark.parametrize("name", SUBJECTS)
+def test_a_patched_experiment_answers_as_the_patched_file(name: str, write: Callable, tmp_path: Path) -> None:
+    subject = SUBJECTS[name]()
+    x = subject.samples(SIZE)
+    experiment = Experiment(save(write(subject.proto, tmp_path), tmp_path), "cpu", PLENTY, x)
+    held, copied = experiment.model.proto.SerializeToString(), experiment.copy.SerializeToString()
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    scores = experiment.scores(x)
+    first = experiment.layers[0]
+    experiment.suffix(first.output, "span")  # what was opened already must not be taken for the candidate's
+    values = disturbed(experiment, seed=31)
+    assert len(values) > 3
+    candidate = experiment.patched(values)
+    expected = answered(written(experiment, values, "patched.onnx"), experiment, x)
+    assert_close(candidate.tensors([candidate.output], x)[0], expected)
+    assert np.abs(candidate.scores(x) - scores).max() > 0.1
+    suffix = candidate.suffix(first.output, "span")
+    at = suffix.cache(x)
+    assert_close(suffix.span(at, np.zeros((1, 1)), at.base[None])[0], candidate.scores(x))
+    for parameter, new in values.items():
+        np.testing.assert_array_equal(candidate.read(parameter), new)
+        assert (experiment.read(parameter) != new).any()
+    # Nothing of the original has changed.
+    assert_close(experiment.scores(x), scores, 0)
+    assert experiment.model.proto.SerializeToString() == held
+    assert experiment.copy.SerializeToString() == copied
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir() if path.name in before} == before
+
+
+def test_a_candidate_can_be_worked_on_further(tmp_path: Path) -> None:
+    subject = SUBJECTS["mlp"]()
+    experiment, x = operate(subject, tmp_path), subject.samples(SIZE)
+    first, second = disturbed(experiment, 32, slice(0, 2)), disturbed(experiment, 33, slice(1, 3))
+    assert set(first) & set(second) and set(first) - set(second)
+    candidate = experiment.patched(first).patched(second)
+    expected = answered(written(experiment, first | second, "patched.onnx"), experiment, x)
+    assert_close(candidate.scores(x), expected)
+    assert (candidate.model, candidate.probe, candidate.sites) == (experiment.model, experiment.probe, experiment.sites)
+    assert_close(experiment.patched({}).scores(x), experiment.scores(x))
+
+
+def test_values_of_another_shape_are_no_candidate(tmp_path: Path) -> None:
+    experiment = operate(SUBJECTS["mlp"](), tmp_path)
+    weight = experiment.layers[0].weight
+    with pytest.raises(ValueError, match="does not fit"):
+        experiment.patched({weight: np.zeros((3, 3))})
+
+
+# -- several inputs ------------------------------------------------------------------------------
+
+
+def two_inputs() -> onnx.ModelProto:
+    weights = {"W1": W1, "U": random(3, 8, seed=5), "V": random(8, 4, seed=6), "b": random(4, seed=7)}
+    return build(
+        """g (float[N, 6] x, float[N, 3] more) => (float[N, 4] y) {
+            a = MatMul (x, W1)
+            c = MatMul (more, U)
+            s = Add (a, c)
+            h = Relu (s)
+            y = Gemm (h, V, b)
+        }""",
+        weights,
+    )
+
+
+def test_a_model_of_two_inputs(tmp_path: Path) -> None:
+    proto = two_inputs()
+    x = {"x": random(SIZE, 6), "more": random(SIZE, 3, seed=8)}
+    experiment = Experiment(save(proto, tmp_path), "cpu", PLENTY, x)
+    scores = run(proto, x, "y")[0]
+    assert_close(experiment.scores(x), scores)
+    assert [layer.output for layer in experiment.layers] == ["a", "c", "y"]
+    for tensor in ("a", "c", "h"):
+        suffix = experiment.suffix(tensor, "affine")
+        at = suffix.cache(x)
+        forced = random(*at.base.shape, seed=9)
+        keep = np.stack([np.ones_like(forced), np.zeros_like(forced)])
+        expected = Reference(proto, tensor, "y").scores(x, lambda h, row, forced=forced: forced[row : row + 1])
+        assert_close(suffix.affine(at, keep, forced[None]), np.stack([scores, expected]))
+    values = disturbed(experiment, seed=34)
+    expected = answered(written(experiment, values, "patched.onnx"), experiment, x)
+    assert_close(experiment.patched(values).scores(x), expected)
+    found = experiment.tensors(["more", "h", "x"], x)
+    assert found[0] is x["more"] and found[2] is x["x"]
+    assert_close(found[1], run(proto, x, "h")[0])
+
+
 # -- scores --------------------------------------------------------------------------------------
 
 
@@ -310,30 +444,176 @@ def test_a_softmax_in_the_middle_is_no_end(tmp_path: Path) -> None:
     assert operate(subject, tmp_path).logits == "y"
 
 
-def test_the_scores_are_the_first_output_with_classes(tmp_path: Path) -> None:
-    proto = build(
-        """g (float[N, 6] x) => (int64[N] label, float[N, 1] best, float[N, 4] y) {
-            y = MatMul (x, W3)
-            label = ArgMax <axis = 1, keepdims = 0> (y)
-            best = ReduceMax <axes = [1]> (y)
-        }""",
-        {"W3": W3},
-    )
-    assert class_scores(save(proto, tmp_path)) == "y"
+HEADS = """g (float[N, 6] x) => (int64[N] label, float[N, 1] best, float[N, 4] y, float[N, 4] more, float[N] mean) {
+    y = MatMul (x, W3)
+    label = ArgMax <axis = 1, keepdims = 0> (y)
+    best = ReduceMax <axes = [1]> (y)
+    mean = ReduceMean <axes = [1], keepdims = 0> (y)
+    more = Softmax (y)
+}"""
+THRESHOLD = Decision("threshold", 0.5)
 
 
 @pytest.mark.parametrize(
-    ("outputs", "nodes", "shown"),
+    ("wanted", "decision", "found"),
     [
-        ("float[N, 1] y", "p = MatMul (x, W3) y = ReduceMax <axes = [1]> (p)", r"y \['N', 1\]"),
-        ("int64[N, 6] y", "y = Cast <to = 7> (x)", r"y \['N', 6\]"),
-        ("float[N] y", "p = MatMul (x, W3) y = ReduceMax <axes = [1], keepdims = 0> (p)", r"y \['N'\]"),
+        (None, Decision(), "y"),
+        (None, Decision("argmin"), "y"),
+        (None, THRESHOLD, "best"),
+        ("more", Decision(), "more"),
+        ("y", Decision("argmin"), "y"),
+        ("mean", THRESHOLD, "mean"),
     ],
 )
-def test_a_model_without_scores_per_class_is_refused(outputs: str, nodes: str, shown: str, tmp_path: Path) -> None:
-    proto = build(f"g (float[N, 6] x) => ({outputs}) {{ {nodes} }}", {"W3": W3})
-    with pytest.raises(ModelError, match=rf"model\.onnx: no output with one score per class.*{shown}"):
-        class_scores(save(proto, tmp_path))
+def test_the_output_is_the_first_that_fits_or_the_one_that_is_asked_for(
+    wanted: str | None, decision: Decision, found: str, tmp_path: Path
+) -> None:
+    model = save(build(HEADS, {"W3": W3}), tmp_path)
+    assert judged_output(model, wanted, decision) == found
+    x = {"x": random(SIZE, 6)}
+    experiment = Experiment(model, "cpu", PLENTY, x, wanted, decision)
+    assert experiment.output == found
+    assert experiment.logits == ("y" if found == "more" else found)
+    assert_close(experiment.tensors([found], x)[0], run(model.proto, x, found)[0])
+
+
+def test_an_output_that_is_not_there_is_named_with_the_nearest(tmp_path: Path) -> None:
+    model = save(build(HEADS, {"W3": W3}), tmp_path)
+    with pytest.raises(SpecError, match=r"model\.onnx has no output 'labl' \(did you mean 'label'\?\)") as error:
+        judged_output(model, "labl", Decision())
+    assert str(error.value).startswith("output: ")
+    assert "it answers label ['N'], best ['N', 1], y ['N', 4], more ['N', 4], mean ['N']" in str(error.value)
+    with pytest.raises(SpecError, match="has no output 'qqq'; it answers label"):
+        judged_output(model, "qqq", THRESHOLD)
+
+
+@pytest.mark.parametrize(
+    ("wanted", "decision", "needed"),
+    [
+        ("label", Decision(), "one score per class"),
+        ("best", Decision(), "one score per class"),
+        ("mean", Decision("argmin"), "one score per class"),
+        ("label", THRESHOLD, "one score a sample"),
+        ("y", THRESHOLD, "one score a sample"),
+    ],
+)
+def test_an_output_that_does_not_fit_the_decision(wanted: str, decision: Decision, needed: str, tmp_path: Path) -> None:
+    model = save(build(HEADS, {"W3": W3}), tmp_path)
+    with pytest.raises(ModelError, match=rf"model\.onnx: output '{wanted}' does not hold {needed}.*mean \['N'\]"):
+        judged_output(model, wanted, decision)
+
+
+@pytest.mark.parametrize(
+    ("outputs", "nodes", "shown", "advice"),
+    [
+        ("float[N, 1] y", "p = MatMul (x, W3) y = ReduceMax <axes = [1]> (p)", r"y \['N', 1\]", True),
+        ("int64[N, 6] y", "y = Cast <to = 7> (x)", r"y \['N', 6\]", False),
+        ("float[N] y", "p = MatMul (x, W3) y = ReduceMax <axes = [1], keepdims = 0> (p)", r"y \['N'\]", True),
+    ],
+)
+def test_a_model_without_scores_per_class_is_refused(
+    outputs: str, nodes: str, shown: str, advice: bool, tmp_path: Path
+) -> None:
+    model = save(build(f"g (float[N, 6] x) => ({outputs}) {{ {nodes} }}", {"W3": W3}), tmp_path)
+    with pytest.raises(ModelError, match=rf"model\.onnx: no output with one score per class.*{shown}") as error:
+        judged_output(model, None, Decision())
+    assert str(error.value).endswith("; for y give decision: {threshold: 0.5}") == advice
+
+
+def test_scores_per_class_have_no_threshold(tmp_path: Path) -> None:
+    model = save(build("g (float[N, 6] x) => (float[N, 4] y) { y = MatMul (x, W3) }", {"W3": W3}), tmp_path)
+    with pytest.raises(ModelError, match=r"model\.onnx: no output with one score a sample.*y \['N', 4\]") as error:
+        judged_output(model, None, THRESHOLD)
+    assert str(error.value).endswith("; for y give decision: argmax")
+
+
+# Text behind the output's shape: rule, the tensor that is computed, the decisions by hand.
+DECISIONS: dict[str, tuple[str, Decision, str, Callable[[Array], Array]]] = {
+    "argmin": ("float[N, 4] y) { y = MatMul (h, V) }", Decision("argmin"), "y", lambda y: y.argmin(axis=1)),
+    "argmin of probabilities": (
+        "float[N, 4] y) { p = MatMul (h, V) y = Softmax (p) }",
+        Decision("argmin"),
+        "y",
+        lambda y: y.argmin(axis=1),
+    ),
+    "argmax behind Identity": (
+        "float[N, 4] y) { p = MatMul (h, V) q = Softmax (p) y = Identity (q) }",
+        Decision(),
+        "p",
+        lambda y: y.argmax(axis=1),
+    ),
+    "a column": (
+        "float[N, 1] y) { y = MatMul (h, U) }",
+        Decision("threshold", 0.25),
+        "y",
+        lambda y: (y[:, 0] > 0.25).astype(int),
+    ),
+    "no column": (
+        "float[N] y) { p = MatMul (h, U) y = Squeeze (p, one) }",
+        Decision("threshold", -0.25),
+        "y",
+        lambda y: (y > -0.25).astype(int),
+    ),
+    "a column behind Sigmoid": (
+        "float[N, 1] y) { p = MatMul (h, U) y = Sigmoid (p) }",
+        Decision("threshold", 0.6),
+        "p",
+        lambda y: (y[:, 0] > 0.6).astype(int),
+    ),
+    "no column behind Sigmoid": (
+        "float[N] y) { q = MatMul (h, U) p = Squeeze (q, one) y = Sigmoid (p) }",
+        Decision("threshold", 0.4),
+        "p",
+        lambda y: (y > 0.4).astype(int),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", DECISIONS)
+def test_scores_stand_for_the_decision(name: str, tmp_path: Path) -> None:
+    text, decision, logits, by_hand = DECISIONS[name]
+    weights = {"W1": W1, "V": random(8, 4, seed=6), "U": random(8, 1, seed=6), "one": np.array([1])}
+    used = {key: values for key, values in weights.items() if key == "W1" or f", {key})" in text}
+    nodes = text.replace("{", "{ z = MatMul (x, W1) h = Relu (z)")
+    proto = build(f"g (float[N, 6] x) => ({nodes}", used)
+    x = {"x": random(60, 6, seed=10)}
+    experiment = Experiment(save(proto, tmp_path), "cpu", PLENTY, x, None, decision)
+    (y,) = run(proto, x, "y")
+    decided = by_hand(y)
+    assert len(np.unique(decided)) > 1
+    assert (experiment.output, experiment.logits) == ("y", logits)
+    scores = experiment.scores(x)
+    assert scores.shape == (60, experiment.classes) == (60, 2 if decision.rule == "threshold" else 4)
+    np.testing.assert_array_equal(scores.argmax(axis=-1), decided)
+    assert_close(experiment.decision.outputs(scores).reshape(y.shape), y)
+    # Interventions and candidates are read in the same way.
+    few = {"x": x["x"][:9]}
+    for kind in ("affine", "span"):
+        suffix = experiment.suffix("z", kind)
+        at = suffix.cache(few)
+        forced = random(*at.base.shape, seed=11)
+        if kind == "affine":
+            found = suffix.affine(at, np.stack([np.ones_like(forced), np.zeros_like(forced)]), forced[None])
+        else:
+            found = suffix.span(at, np.array([[0.0], [1.0]]), (forced - at.base)[None])
+        replaced = Reference(proto, "z", "y").scores(few, lambda h, row, forced=forced: forced[row : row + 1])
+        assert_close(found[0], scores[:9])
+        np.testing.assert_array_equal(found[1].argmax(axis=-1), by_hand(replaced))
+    values = disturbed(experiment, seed=35)
+    session = ort.InferenceSession(Patch(values).apply(experiment.model))
+    np.testing.assert_array_equal(
+        experiment.patched(values).scores(x).argmax(axis=-1), by_hand(session.run(["y"], x)[0])
+    )
+
+
+def test_scores_that_are_no_logits_are_scaled_by_all_that_is_given(tmp_path: Path) -> None:
+    """The order of magnitude comes from up to 1,000 samples, not from the few that things are tried out on."""
+    model = save(build("g (float[N, 6] x) => (float[N, 4] y) { y = MatMul (x, W3) }", {"W3": W3}), tmp_path)
+    x = {"x": random(400, 6) * np.linspace(1, 100, 400, dtype=np.float32)[:, None]}
+    experiment = Experiment(model, "cpu", PLENTY, x, None, Decision("argmin"))
+    margins = np.sort(experiment.scores(x), axis=1)
+    assert np.median(margins[:, -1] - margins[:, -2]) == pytest.approx(5, rel=1e-4)
+    assert len(experiment.probe["x"]) == 2
 
 
 def test_an_output_that_is_an_input_is_no_hindrance(tmp_path: Path) -> None:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import re
+import shlex
 from pathlib import Path
 
+import click
 import pytest
 from click.testing import CliRunner
 
@@ -29,7 +31,7 @@ def test_the_spec_is_valid(tmp_path):
     assert spec.keep.recall_drop == 0.05
 
 
-@pytest.mark.parametrize("command", ["fix", "locate", "inspect", "demo"])
+@pytest.mark.parametrize("command", ["fix", "check", "locate", "inspect", "demo"])
 def test_every_command_and_option_it_names_exists(command):
     shown = CliRunner().invoke(cli.main.commands[command], ["--help"]).output
     assert f"onnxcare {command}" in README
@@ -37,6 +39,27 @@ def test_every_command_and_option_it_names_exists(command):
         options = "--method --seed --device --memory --json --in-place --best-effort --output --spec".split()
         assert all(option in shown for option in options)
         assert all(option in README for option in options if option != "--output")
+    if command == "check":
+        options = "--spec --format --output --baseline --seed --device --memory".split()
+        assert all(option in shown for option in options)
+        assert all(option in README for option in ("--format", "--baseline"))
+        assert all(form in README.lower() for form in cli.FORMATS)
+
+
+def commands(text: str) -> list[str]:
+    """Return the command lines that a text shows, in blocks and in the middle of sentences."""
+    lines = [line.removeprefix("$ ") for block in blocks(text) for line in block.splitlines()]
+    return [line for line in [*lines, *re.findall(r"`([^`]+)`", text)] if line.startswith("onnxcare ")]
+
+
+def test_the_command_lines_it_shows_can_be_given():
+    shown = [line for line in commands(README) if "MODEL" not in line]
+    assert {line.split()[1] for line in shown} >= {"fix", "check"}
+    for line in shown:
+        _, name, *rest = shlex.split(line.split(" | ")[0], comments=True)
+        command = cli.main.commands[name]
+        # Raises for an option that does not exist, or one without its value.
+        command.make_parser(click.Context(command)).parse_args(rest)
 
 
 def test_the_functions_it_names_exist():
@@ -46,7 +69,15 @@ def test_the_functions_it_names_exist():
         assert callable(getattr(onnxcare, name))
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/architecture.md", "docs/methods.md", "sample_models/README.md"])
+PAGES = [
+    ROOT / "README.md",
+    ROOT / "scripts/README.md",
+    *ROOT.glob("docs/**/*.md"),
+    *ROOT.glob("sample_models/**/*.md"),
+]
+
+
+@pytest.mark.parametrize("page", [str(path.relative_to(ROOT)) for path in sorted(PAGES)])
 def test_links_lead_somewhere(page):
     text = (ROOT / page).read_text(encoding="utf-8")
     for target in re.findall(r"\]\(([^)#]+)\)", text):

@@ -8,7 +8,7 @@ import yaml
 from helpers import SPEC
 
 from onnxcare.errors import SpecError, UsageError, nearest
-from onnxcare.spec import BackdoorSpec, Keep, load_spec
+from onnxcare.spec import BackdoorSpec, Bounds, ErrorsSpec, FairnessSpec, Keep, SafetySpec, Threshold, load_spec
 
 SHORTEST = """\
 data: d.npz
@@ -49,6 +49,142 @@ def test_defaults(tmp_path: Path) -> None:
     assert (spec.keep.accuracy_drop, spec.keep.recall_drop) == (0.01, 0.05)
     assert spec.properties[0].max_rate == 0.01
     assert spec.properties[0].triggered is None and spec.properties[0].triggered_holdout is None
+    assert (spec.output, spec.decision, spec.bounds, spec.confidence) == (None, "argmax", None, None)
+    assert (spec.keep.balanced_accuracy_drop, spec.keep.broken) == (0.02, None)
+    assert (spec.keep.accuracy, spec.keep.recall) == (None, None)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("argmax", "argmax"),
+        ("argmin", "argmin"),
+        ("{threshold: 0.5}", Threshold(threshold=0.5)),
+        ("{threshold: -3}", Threshold(threshold=-3)),
+    ],
+)
+def test_decisions(tmp_path: Path, text: str, expected: object) -> None:
+    assert load(tmp_path, f"{SHORTEST}decision: {text}\n").decision == expected
+
+
+@pytest.mark.parametrize(
+    "text", ["median", "0.5", "{threshold: x}", "{threshold: true}", "{threshold: .nan}", "[]", ""]
+)
+def test_no_decisions(tmp_path: Path, text: str) -> None:
+    with pytest.raises(SpecError, match=r"care\.yaml: decision: expected argmax, argmin or {threshold: number}, not "):
+        load(tmp_path, f"{SHORTEST}decision: {text}\n")
+
+
+def test_a_misspelt_key_of_a_decision(tmp_path: Path) -> None:
+    with pytest.raises(SpecError, match=r"care\.yaml: .*treshold.*threshold"):
+        load(tmp_path, SHORTEST + "decision: {treshold: 0.5}\n")
+
+
+def test_more_to_keep(tmp_path: Path) -> None:
+    keep = load(tmp_path, SHORTEST + "keep: {broken: 0, accuracy: 0.9, recall: 1, balanced_accuracy_drop: 0.5}\n").keep
+    assert (keep.broken, keep.accuracy, keep.recall, keep.balanced_accuracy_drop) == (0, 0.9, 1, 0.5)
+    assert (keep.accuracy_drop, keep.recall_drop) == (0.01, 0.05)
+
+
+def test_bounds(tmp_path: Path) -> None:
+    spec = load(tmp_path, SHORTEST + "bounds: {low: [0, -1.5], high: [1, -1.5]}\nconfidence: 0.99\noutput: scores\n")
+    assert spec.bounds == Bounds(low=[0, -1.5], high=[1, -1.5])
+    assert (spec.confidence, spec.output) == (0.99, "scores")
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("bounds: {low: [0], high: [1, 2]}", "bounds: low has 1 values, high has 2"),
+        ("bounds: {low: [0, 3], high: [1, 2]}", "bounds: low 3 is above high 2 at value 1"),
+        ("bounds: {low: [], high: []}", "bounds.low: "),
+        ("bounds: {low: [0]}", "bounds.high: this key is needed"),
+        ("bounds: {low: [.inf], high: [1]}", "bounds.low.0: "),
+        ("bounds: {low: [0], hihg: [1]}", "unknown key 'bounds.hihg' (did you mean 'high'?)"),
+        ("confidence: 1", "confidence: "),
+        ("confidence: 0.4", "confidence: "),
+        ("confidence: 95", "confidence: "),
+        ("keep: {broken: 2}", "keep.broken: "),
+        ("keep: {accurancy: 0.9}", "unknown key 'keep.accurancy' (did you mean 'accuracy'?)"),
+        ("output: 3", "output: "),
+    ],
+)
+def test_values_out_of_range(tmp_path: Path, text: str, words: str) -> None:
+    with pytest.raises(SpecError) as caught:
+        load(tmp_path, f"{SHORTEST}{text}\n")
+    assert str(caught.value).startswith(f"{tmp_path / 'care.yaml'}: {words}")
+
+
+KINDS = """\
+data: d.npz
+properties:
+  - {name: s, kind: safety, vnnlib: far.vnnlib}
+  - {name: e, kind: errors}
+  - name: f
+    kind: fairness
+    protected: {sex: {column: 8, values: [0, 1]}, race: {columns: [1, 2, 3]}}
+"""
+
+
+def test_every_kind_of_property(tmp_path: Path) -> None:
+    spec = load(tmp_path, KINDS)
+    safety, errors, fairness = spec.properties
+    assert safety == SafetySpec(name="s", kind="safety", vnnlib=tmp_path / "far.vnnlib")
+    assert (safety.max_rate, safety.samples) == (0, 1_000_000)
+    assert errors == ErrorsSpec(name="e", kind="errors", max_rate=0.5)
+    assert (errors.samples, errors.label, errors.answered, errors.max_error_rate) == (None, None, None, None)
+    assert isinstance(fairness, FairnessSpec)
+    assert (fairness.protected["sex"].column, fairness.protected["sex"].values) == (8, [0, 1])
+    assert (fairness.protected["race"].column, fairness.protected["race"].columns) == (None, [1, 2, 3])
+    assert (fairness.gap, fairness.favourable, fairness.individual_limit) == ("equalized_odds", 1, 0.01)
+    assert spec.files() == [tmp_path / "d.npz", tmp_path / "far.vnnlib"]
+    gap = load(tmp_path, KINDS + "    max_gap: 0.1\n").properties[2]
+    assert (gap.max_gap, gap.individual_limit) == (0.1, None)
+    both = load(tmp_path, KINDS + "    max_gap: 0.1\n    max_rate: 0.2\n").properties[2]
+    assert both.individual_limit == 0.2
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "words"),
+    [
+        ("column: 8, values: [0, 1]", "column: 8", "properties.2.protected.sex: values go with column"),
+        ("column: 8, values: [0, 1]", "values: [0, 1]", "properties.2.protected.sex: give either column"),
+        ("column: 8, values: [0, 1]", "columns: [1, 2], values: [0, 1]", "properties.2.protected.sex: values go with"),
+        ("column: 8, values: [0, 1]", "column: 8, columns: [1, 2]", "properties.2.protected.sex: give either column"),
+        ("values: [0, 1]", "values: [1, 1]", "properties.2.protected.sex: a column or value stands twice"),
+        ("values: [0, 1]", "values: [1]", "properties.2.protected.sex.values: "),
+        ("columns: [1, 2, 3]", "columns: [1, 2, 1]", "properties.2.protected.race: a column or value stands twice"),
+        ("columns: [1, 2, 3]", "colums: [1, 2, 3]", "unknown key 'properties.2.protected.race.colums' (did you mean"),
+        ("protected: {sex", "protected: {}\n    p: {sex", "unknown key 'properties.2.p'"),
+        ("kind: errors", "kind: errors, lable: 3", "unknown key 'properties.1.lable' (did you mean 'label'?)"),
+        ("kind: errors", "kind: errors, label: -3", "properties.1.label: "),
+        ("vnnlib: far.vnnlib", "samples: 1000", "properties.0.vnnlib: this key is needed"),
+        ("vnnlib: far.vnnlib", "vnnlib: f, samples: 3", "properties.0.samples: "),
+        ("kind: errors", "kind: safty", "properties.1.kind: unknown kind 'safty' (did you mean 'safety'?)"),
+    ],
+)
+def test_properties_that_contradict_themselves(tmp_path: Path, old: str, new: str, words: str) -> None:
+    with pytest.raises(SpecError) as caught:
+        load(tmp_path, KINDS, (old, new))
+    assert str(caught.value).startswith(f"{tmp_path / 'care.yaml'}: {words}")
+
+
+BOUNDED = """\
+bounds: {low: [0], high: [1]}
+properties:
+  - {name: s, kind: safety, vnnlib: far.vnnlib}
+"""
+
+
+def test_safety_within_bounds_needs_no_data(tmp_path: Path) -> None:
+    spec = load(tmp_path, BOUNDED)
+    assert spec.data is None
+    assert spec.files() == [tmp_path / "far.vnnlib"]
+    for text in (BOUNDED + "  - {name: e, kind: errors}\n", BOUNDED.replace("bounds: {low: [0], high: [1]}\n", "")):
+        with pytest.raises(SpecError, match=r"care\.yaml: data: this key is needed"):
+            load(tmp_path, text)
+    with pytest.raises(SpecError, match="holdout goes with data"):
+        load(tmp_path, BOUNDED + "holdout: h.npz\n")
 
 
 def test_keep_may_be_given_in_part(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from onnxcare.case import Case
-from onnxcare.errors import ModelError
+from onnxcare.errors import DataError, ModelError
 from onnxcare.graph.sites import Site
 from onnxcare.locators.attribution import Attribution, by_unit, spread_units
 from onnxcare.locators.causal import average_causal_effects
@@ -82,6 +82,10 @@ def attribute_sites(
     Raises:
         ModelError: none of the sites can be cut open, or no unit of them ever changes.
     """
+    panel = case.panel("repair", samples)
+    if not any(len(evidence.bad) for evidence in panel.evidence):
+        names = ", ".join(item.name for item in case.properties)
+        raise DataError(f"no sample of the data shows {names}, so there is nothing to be located")
     found: list[Attribution] = []
     failure = ModelError(f"{case.experiment.model.path}: all hidden units are constant over the data")
     for index, site in enumerate(sites):
@@ -101,6 +105,8 @@ def _attribute_site(case: Case, site: Site, samples: int, values: int) -> list[A
     found: dict[str, list[Attribution]] = {}
     for item, evidence in zip(case.properties, panel.evidence, strict=True):
         bad, twins = evidence.bad, evidence.twins
+        if not len(bad):
+            continue
         over = item.observed(panel.clean, bad)
         response = partial(item.response, samples=over)
         causal = average_causal_effects(case.experiment, site, over, bad, response, values)

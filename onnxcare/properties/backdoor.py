@@ -108,9 +108,10 @@ class Backdoor(Property):
         floors = [float(item.mean()) if item.size else 0.0 for item in confused]
         # The smaller of the two confusion rates: the worse excess counts.
         before = float(hits[0].mean()) - floors[0] if court.before is not None else None
-        half = 1 - (1 - gauge.confidence) / 2
-        high = Rate.of(hits[-1], half).high - min(Rate.of(item, half).low if item.size else 0.0 for item in confused)
-        low = Rate.of(hits[-1], half).low - max(Rate.of(item, half).high if item.size else 0.0 for item in confused)
+        # Each of the three rates at a third of the error, so that all intervals hold together.
+        third = 1 - (1 - gauge.confidence) / 3
+        high = Rate.of(hits[-1], third).high - min(Rate.of(item, third).low if item.size else 0.0 for item in confused)
+        low = Rate.of(hits[-1], third).low - max(Rate.of(item, third).high if item.size else 0.0 for item in confused)
         excess = gauge.points(
             EXCESS, float(hits[-1].mean()) - min(floors), before, limit=self.max_rate, interval=(low, high)
         )
@@ -118,7 +119,9 @@ class Backdoor(Property):
         if bad.labels is not None:
             restored = court.after.decide(bad.inputs) == bad.labels
             found.append(gauge.rate("true answer restored", restored, higher_is_better=True))
-        return Finding(self.name, self.kind, tuple(found), self.notes)
+        # The excess is a difference; the samples that it rests on are those of the attack success.
+        note = gauge.too_small(len(bad), self.max_rate)
+        return Finding(self.name, self.kind, tuple(found), (*self.notes, *([note] if note else [])))
 
 
 def prepare(

@@ -26,7 +26,7 @@ _WIDEST, _STEPS = 0.1, 40
 # Spreads of the samples around known counterexamples, in powers of ten of the region's widths.
 _SPREADS = (-2.5, -0.5)
 # Rejection sampling of further input constraints gives up after so many draws a sample that is wanted.
-_PATIENCE = 200
+_PATIENCE, _FEWEST = 200, 256
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,9 @@ class Space:
 
     def points(self, inputs: Inputs) -> Array:
         """Return inputs as points, float64."""
-        parts = [inputs[item.name].reshape(len(inputs[item.name]), -1) for item in self.signatures]
+        sizes = [int(np.prod(shape, dtype=np.int64)) for shape in self.shapes]
+        arrays = [inputs[item.name] for item in self.signatures]
+        parts = [values.reshape(len(values), size) for values, size in zip(arrays, sizes, strict=True)]
         return np.concatenate(parts, axis=1).astype(np.float64)
 
 
@@ -70,13 +72,13 @@ def draw(region: Region, count: int, rng: np.random.Generator) -> Array:
     """
     low, high = _as_stored(region)
     found: list[Array] = []
-    missing, tried = count, 0
+    missing, patience = count, _PATIENCE * max(count, _FEWEST)
     while missing > 0:
-        points = rng.uniform(low, high, (max(missing, 256), len(low)))
-        points = points[_inside(region, points)]
-        tried += 1
-        if tried > _PATIENCE and not found:
+        if patience <= 0:
             raise DataError("the formula's constraints on the inputs leave too little of their box to sample from")
+        points = rng.uniform(low, high, (max(missing, _FEWEST), len(low)))
+        patience -= len(points)
+        points = points[_inside(region, points)]
         found.append(points[:missing])
         missing -= len(found[-1])
     return _rounded(np.concatenate(found), low, high) if found else np.zeros((0, len(low)))

@@ -13,8 +13,19 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from onnxcare.data import PARTS, Dataset, Inputs, PartName, Splits, check_labels, joined, load_dataset, split
-from onnxcare.errors import SpecError
+from onnxcare.data import (
+    PARTS,
+    Dataset,
+    Inputs,
+    PartName,
+    Splits,
+    check_labels,
+    joined,
+    load_dataset,
+    split,
+    without_overlap,
+)
+from onnxcare.errors import DataError, SpecError
 from onnxcare.graph.model import Signature
 from onnxcare.measures import Finding, Measure
 from onnxcare.properties.base import Array, Evidence, Property, divergence, divergence_gradient, log_softmax
@@ -134,14 +145,28 @@ def prepare(
         value = getattr(spec, key)
         if value is not None and value >= classes:
             raise SpecError(f"properties.{spec.name}.{key}: {value} is not a class; the model has 0 to {classes - 1}")
-    parts = {part: _of_kind(splits.part(part), spec) for part in PARTS}
+    parts, known = {part: _of_kind(splits.part(part), spec) for part in PARTS}, 0
     if spec.samples is not None:
         further = load_dataset(spec.samples, signatures, labels)
         check_labels(further, classes, str(spec.samples))
-        for part, rows in zip(PARTS, split(_of_kind(further, spec), _SHARES, seed), strict=True):
+        further = _of_kind(further, spec)
+        if not len(further):
+            raise DataError(f"{spec.samples}: no sample has label {spec.label}, as property {spec.name!r} wants")
+        # Samples of the data have their part: in another one, the judge would see what a repair was fitted on.
+        for part in PARTS:
+            further, overlap = without_overlap(further, splits.part(part))
+            known += overlap
+        for part, rows in zip(PARTS, split(further, _SHARES, seed) if len(further) else (), strict=False):
             parts[part] = joined(parts[part], rows)
+    if not len(parts["holdout"]):
+        raise DataError(
+            f"property {spec.name!r}: no held-out sample has label {spec.label}; give more data, or samples"
+        )
     evidence = {part: Evidence(_wrong(samples, spec, predict), None) for part, samples in parts.items()}
-    return Errors(spec, evidence, parts["holdout"])
+    found = Errors(spec, evidence, parts["holdout"])
+    if known:
+        found.notes = (f"{known} samples of {spec.samples} also occur in the data, where they count already.",)
+    return found
 
 
 def _of_kind(samples: Dataset, spec: ErrorsSpec) -> Dataset:

@@ -18,8 +18,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from onnxcare.data import Dataset, PartName, Splits, joined
-from onnxcare.errors import SpecError
+from onnxcare.data import PARTS, Dataset, PartName, Splits, evenly, joined
+from onnxcare.errors import DataError, ModelError, SpecError
 from onnxcare.graph.influence import certify
 from onnxcare.graph.model import Signature
 from onnxcare.measures import Finding, Measure
@@ -181,8 +181,7 @@ class IndividualFairness(Property):
 
     def response(self, scores: Array, samples: Dataset) -> Array:
         """Return the largest change of the favourable class's probability, CARE's y_fair."""
-        p = np.exp(log_softmax(self._cases(scores)))[..., self.favourable]
-        return np.abs(p - p[..., :1]).max(axis=-1)
+        return self._largest_changes(np.exp(log_softmax(scores)))
 
     def goal(self, bad: Array, twins: Array | None, labels: Array | None) -> Array:
         """Return for all rows of a case the mean of what the original answers to its variants.
@@ -210,7 +209,8 @@ class IndividualFairness(Property):
         found = [self._rate(court, "individual discrimination rate", varied, self.max_rate)]
         if len(self.variation.attributes) > 1:
             found += [self._alone(court, item) for item in self.variation.attributes]
-        changes = [float(self.response(item.scores(varied.inputs), varied).mean()) for item in court.witnesses]
+        changes = [self._largest_changes(item.probabilities(varied.inputs)).mean() for item in court.witnesses]
+        changes = [float(change) for change in changes]
         found.append(court.gauge.points("mean largest change of the score", changes[-1], *changes[:-1], unit="number"))
         notes = []
         if self._bounds is not None:
@@ -233,6 +233,10 @@ class IndividualFairness(Property):
         one = IndividualFairness(self.name, None, self.variation.alone(attribute), self.favourable, {}, None)
         varied = one.variation.apply(court.clean)
         return one._rate(court, f"individual discrimination rate by {attribute.name}", varied, None)
+
+    def _largest_changes(self, probabilities: Array) -> Array:
+        p = self._cases(probabilities)[..., self.favourable]
+        return np.abs(p - p[..., :1]).max(axis=-1)
 
     def _cases(self, scores: Array) -> Array:
         """[..., rows, classes] -> [..., cases, 1 + variants, classes]."""
@@ -274,19 +278,22 @@ class GroupFairness(Property):
         return (scores[..., self.favourable] - others) * self._groups(samples)[0].signs(samples.truth)
 
     def loss(self, scores: Array, samples: Dataset, goal: Array | None) -> Array:
-        """Return the sum of the attributes' soft gaps above three quarters of the limit, five-fold."""
-        p = np.exp(log_softmax(scores))[..., self.favourable]
+        """Return the sum of the attributes' soft gaps above three quarters of the limit, five-fold.
+
+        Probabilities are sharpened towards decisions: the gap between mean probabilities is far below the counted one.
+        """
+        p = np.exp(log_softmax(_SHARPNESS * scores))[..., self.favourable]
         soft = [item.gap(self._gap, p) for item in self._groups(samples)]
         return _STEEP * np.maximum(0, np.array(soft) - self._goal).sum(axis=0)
 
     def loss_gradient(self, scores: Array, samples: Dataset, goal: Array | None) -> Array:
         """Return the gradient of the loss with respect to the scores."""
-        p = np.exp(log_softmax(scores))
+        p = np.exp(log_softmax(_SHARPNESS * scores))
         favoured = p[:, self.favourable]
         slope = np.zeros(len(p))
         for item in self._groups(samples):
             if item.gap(self._gap, favoured) > self._goal:
-                slope += _STEEP * item.gap_gradient(self._gap, favoured)
+                slope += _STEEP * _SHARPNESS * item.gap_gradient(self._gap, favoured)
         onehot = np.arange(p.shape[1]) == self.favourable
         return (slope * favoured)[:, None] * (onehot - p)
 
@@ -302,6 +309,7 @@ class GroupFairness(Property):
 
 # A gap is at most 1, divergences of good repairs are around 0.01; and a soft gap is not the counted one.
 _STEEP, _WITHIN = 5.0, 0.75
+_SHARPNESS = 4.0
 
 
 def prepare(
@@ -321,11 +329,14 @@ def prepare(
     width = signature.shape[-1] if len(signature.shape) == 2 else None
     if len(signature.shape) != 2:
         raise SpecError(f"{where}: protected columns need an input of [samples, columns], not {list(signature.shape)}")
+    if signature.dtype is None:
+        raise SpecError(f"{where}: protected columns hold numbers, but input {signature.name!r} takes none")
     if spec.favourable >= classes:
         raise SpecError(f"{where}.favourable: {spec.favourable} is not a class; the model has 0 to {classes - 1}")
     width = splits.repair.inputs[signature.name].shape[1] if not isinstance(width, int) else width
     attributes = [Attribute.of(name, given) for name, given in spec.protected.items()]
     taken: set[int] = set()
+    notes: list[str] = []
     for item in attributes:
         if (item.columns >= width).any():
             raise SpecError(
@@ -335,18 +346,15 @@ def prepare(
         if taken & set(item.columns.tolist()):
             raise SpecError(f"{where}.protected.{item.name}: a column belongs to two protected attributes")
         taken |= set(item.columns.tolist())
-        rows = splits.repair.inputs[signature.name]
-        if (item.groups(rows) < 0).all():
-            raise SpecError(
-                f"{where}.protected.{item.name}: none of its values occurs in the data; values are those of the "
-                "model's input, scaled the way it takes them"
-            )
+        notes += _check_values(item, signature, splits, where)
+        if spec.max_gap is not None:
+            _check_groups(spec, item, splits.holdout, signature.name)
     if bounds is not None and len(bounds.low) != width:
         raise SpecError(f"bounds: {len(bounds.low)} values, but input {signature.name!r} has {width} columns")
+    if bounds is not None:
+        _check_bounds(bounds, signature, splits)
     variation = Variation.of(signature.name, attributes)
-    searched: dict[PartName, Dataset] = {
-        part: splits.part(part).take(slice(0, most)) for part, most in _VARIED.items()
-    }
+    searched: dict[PartName, Dataset] = {part: evenly(splits.part(part), most) for part, most in _VARIED.items()}
     found: list[Property] = []
     if spec.individual_limit is not None:
         limit = spec.individual_limit
@@ -359,7 +367,68 @@ def prepare(
             "validation": joined(splits.search, splits.validation),
         }
         found.append(GroupFairness(spec, variation, parts))
+    for each in found:
+        each.notes = tuple(notes)
     return found
+
+
+def _check_values(item: Attribute, signature: Signature, splits: Splits, where: str) -> list[str]:
+    """Make sure that an attribute's values are numbers that the input takes; say where the data knows others."""
+    with np.errstate(all="ignore"):
+        stored = item.values.astype(signature.dtype).astype(np.float64)
+    wrong = item.values[np.abs(stored - item.values) > _SAME * np.maximum(1, np.abs(item.values))]
+    if wrong.size:
+        raise SpecError(
+            f"{where}.protected.{item.name}: {wrong[0]:g} is no value of {signature.dtype}, which input "
+            f"{signature.name!r} takes"
+        )
+    rows = np.concatenate([splits.part(part).inputs[signature.name] for part in PARTS])
+    known = item.groups(rows)
+    advice = "values are those of the model's input, scaled the way it takes them"
+    if (known < 0).all():
+        raise SpecError(f"{where}.protected.{item.name}: none of its values occurs in the data; {advice}")
+    absent = np.setdiff1d(np.arange(len(item.values)), known)
+    if len(item.columns) > 1 or not absent.size or not (known < 0).any():
+        return []
+    other = float(rows[known < 0][0, item.columns[0]])
+    return [f"{item.name}: {item.values[absent[0], 0]:g} does not occur in the data, but {other:g} does; {advice}."]
+
+
+def _check_groups(spec: FairnessSpec, item: Attribute, holdout: Dataset, name: str) -> None:
+    """Make sure that there are two groups to judge a gap between: of none it would be zero."""
+    known = Groups.of(item.groups(holdout.inputs[name]), holdout.truth, spec.favourable)
+    conditions = {
+        "demographic_parity": {"": np.ones(len(holdout), bool)},
+        "equal_opportunity": {f" of label {spec.favourable}": known.favourable},
+        "equalized_odds": {f" of label {spec.favourable}": known.favourable, " of other labels": ~known.favourable},
+    }[spec.gap]
+    for condition, samples in conditions.items():
+        if (known.member & samples).any(axis=1).sum() < 2:
+            raise DataError(
+                f"property {spec.name!r}: a gap by {item.name} needs two groups, but the held-out samples{condition} "
+                "are of fewer (very small ones do not count); give more data, or leave out max_gap"
+            )
+
+
+def _check_bounds(bounds: Bounds, signature: Signature, splits: Splits) -> None:
+    """Make sure that random rows can be drawn that the input takes."""
+    low, high = np.array(bounds.low), np.array(bounds.high)
+    rows = np.concatenate([splits.part(part).inputs[signature.name] for part in PARTS]).astype(np.float64)
+    whole = (rows == np.round(rows)).all(axis=0)
+    least, most, only_whole = -(2.0**53), 2.0**53, False
+    if signature.dtype == np.bool_:
+        least, most, only_whole = 0, 1, True
+    elif signature.dtype is not None and np.issubdtype(signature.dtype, np.integer):
+        ends = np.iinfo(signature.dtype)
+        least, most, only_whole = max(least, ends.min), min(most, ends.max), True
+    none = only_whole & (np.ceil(low) > np.floor(high))
+    (wrong,) = np.nonzero(none | (whole & ((low < least) | (high > most))))
+    if wrong.size:
+        index = int(wrong[0])
+        raise SpecError(
+            f"bounds: {low[index]:g} to {high[index]:g} at value {index} holds no whole number, or goes beyond those "
+            f"of {signature.dtype}, {least:g} to {most:g}"
+        )
 
 
 def _input(spec: FairnessSpec, signatures: Sequence[Signature]) -> Signature:
@@ -380,7 +449,7 @@ def random_rows(clean: Dataset, name: str, bounds: Bounds, seed: int) -> Dataset
     rows = clean.inputs[name]
     low, high = np.array(bounds.low), np.array(bounds.high)
     drawn = rng.uniform(low, high, (_RANDOM_ROWS, rows.shape[1]))
-    whole = (rows == np.round(rows)).all(axis=0)
+    whole = (rows == np.round(rows)).all(axis=0) & (np.ceil(low) <= np.floor(high))
     drawn[:, whole] = rng.integers(np.ceil(low[whole]), np.floor(high[whole]) + 1, (_RANDOM_ROWS, whole.sum()))
     picked = clean.take(rng.integers(0, len(clean), _RANDOM_ROWS))
     return Dataset({**picked.inputs, name: drawn.astype(rows.dtype)}, None)
@@ -429,7 +498,11 @@ def _standard(values: Array) -> Array:
 def _certificate(witness: Witness, variation: Variation, attribute: Attribute) -> list[str]:
     """Say whether the graph proves that the attribute cannot reach the answer."""
     model = witness.model
-    if not certify(model.proto, variation.input, attribute.columns.tolist(), witness.output, model.path.parent):
+    try:
+        proved = certify(model.proto, variation.input, attribute.columns.tolist(), witness.output, model.path.parent)
+    except ModelError:
+        proved = False  # something about the file keeps the graph from being followed: nothing is proved then
+    if not proved:
         return []
     return [
         f"Certificate: in the judged file no path of the graph leads from {attribute.name} to the answer, so no input "

@@ -20,7 +20,13 @@ import numpy as np
 
 Array = np.ndarray
 
-GAPS = ("demographic_parity", "equal_opportunity", "equalized_odds")
+# For every gap, of which samples rates are compared: of those with (un)favourable labels, or of all (None).
+_CONDITIONS: dict[str, tuple[bool | None, ...]] = {
+    "demographic_parity": (None,),
+    "equal_opportunity": (True,),
+    "equalized_odds": (True, False),
+}
+GAPS = tuple(_CONDITIONS)
 
 # The rate of a group with fewer samples says more about chance than about the model.
 _FEWEST = 30
@@ -79,13 +85,9 @@ class Groups:
 
     def _weights(self, kind: str) -> Sequence[Array]:
         """Return for every condition the weights that turn decisions into the rates of the groups."""
-        conditions = {
-            "demographic_parity": [np.ones_like(self.favourable)],
-            "equal_opportunity": [self.favourable],
-            "equalized_odds": [self.favourable, ~self.favourable],
-        }[kind]
         found = []
-        for condition in conditions:
+        for favourable in _CONDITIONS[kind]:
+            condition = np.ones_like(self.favourable) if favourable is None else self.favourable == favourable
             chosen = (self.member & condition).astype(float)
             sizes = chosen.sum(axis=1)
             usable = sizes > 0
@@ -100,12 +102,19 @@ def judged_gap(kind: str, groups: Groups, favoured: Array) -> float:
         return float(groups.gap(kind, favoured.astype(float)))
     from fairlearn import metrics
 
-    inside = groups.member.any(axis=0)
-    truth, decisions = groups.favourable[inside].astype(int), favoured[inside].astype(int)
-    feature = groups.member[:, inside].argmax(axis=0)
-    measure = {
-        "demographic_parity": metrics.demographic_parity_difference,
-        "equal_opportunity": metrics.equal_opportunity_difference,
-        "equalized_odds": metrics.equalized_odds_difference,
-    }[kind]
-    return float(measure(truth, decisions, sensitive_features=feature))
+    gaps = []
+    for favourable in _CONDITIONS[kind]:
+        # Only groups with samples of the condition have a rate there.
+        wanted = np.ones_like(groups.favourable) if favourable is None else groups.favourable == favourable
+        member = groups.member[(groups.member & wanted).any(axis=1)]
+        inside = member.any(axis=0)
+        if len(member) < 2:
+            continue
+        decisions, feature = favoured[inside].astype(int), member[:, inside].argmax(axis=0)
+        if favourable is None:
+            gap = metrics.demographic_parity_difference(decisions, decisions, sensitive_features=feature)
+        else:
+            # The true positive rate of those for whom the condition holds: for favourable=False the false positive one.
+            gap = metrics.equal_opportunity_difference(wanted[inside], decisions, sensitive_features=feature)
+        gaps.append(float(gap))
+    return max(gaps, default=0.0)

@@ -16,7 +16,7 @@ import numpy as np
 
 from onnxcare.backward import input_gradients
 from onnxcare.data import Dataset, Inputs, PartName
-from onnxcare.errors import SpecError
+from onnxcare.errors import DataError, SpecError
 from onnxcare.experiment import Experiment
 from onnxcare.graph.gradients import NoGradient
 from onnxcare.measures import Finding
@@ -35,6 +35,8 @@ _SAMPLES, _STARTS, _MOST = 100_000, 2000, 4000
 _SHARES: tuple[tuple[PartName, float], ...] = (("repair", 0.5), ("search", 0.2), ("validation", 0.3))
 _DOMAIN_SAMPLES = 100_000
 _PIECE = 1 << 17
+# Points with which a region is tried out.
+_PROBED = 100
 # Margins are to be kept by this share of the spread of margins over the region.
 _SLACK = 0.02
 
@@ -245,7 +247,25 @@ def prepare(spec: SafetySpec, experiment: Experiment, bounds: Bounds | None, see
         )
     if bounds is not None and len(bounds.low) != space.size:
         raise SpecError(f"bounds: {len(bounds.low)} values, but {experiment.model.path} takes {space.size}")
+    _check_regions(spec, formula, space, experiment, seed)
     return Safety(spec, formula, space, bounds, experiment, seed)
+
+
+def _check_regions(spec: SafetySpec, formula: Formula, space: Space, experiment: Experiment, seed: int) -> None:
+    """Make sure that every region can be sampled, that the model answers there, and that the answers count."""
+    rng = np.random.default_rng([seed, 4])
+    for region in formula.regions:
+        if not region.outputs:
+            branch = " in one of its branches" if len(formula.regions) > 1 else ""
+            raise SpecError(f"{spec.vnnlib}: asserts nothing about the outputs{branch}, so no model could keep it")
+        (beyond,) = np.nonzero(np.maximum(np.abs(region.low), np.abs(region.high)) > np.finfo(np.float32).max)
+        if beyond.size:
+            raise SpecError(f"{spec.vnnlib}: the bounds of input value {beyond[0]} go beyond float32")
+        try:
+            points = counterexamples.draw(region, _PROBED, rng)
+        except DataError as error:
+            raise SpecError(f"{spec.vnnlib}: {error}; assert narrower bounds of the single inputs") from None
+        experiment.scores(space.inputs(points), f"the region of {spec.vnnlib}")
 
 
 def domain_samples(space: Space, bounds: Bounds, count: int, seed: int) -> Dataset:

@@ -42,7 +42,12 @@ def repair(case: Case) -> Repair:
     values: dict[Any, np.ndarray] = {}
     current = case
     for _ in range(_ROUNDS):
-        found, details = _round(current)
+        try:
+            found, details = _round(current)
+        except ModelError:
+            if not values:
+                raise
+            break  # what was found so far stands
         candidates += [item.candidate for item in found]
         rounds.append(details)
         best = min(found, key=lambda item: item.candidate.outcome.rank)
@@ -55,6 +60,9 @@ def repair(case: Case) -> Repair:
         if best.candidate.outcome.violation == 0 and current.hunt() == 0:
             break
         current = case.patched(values)  # with what was found to be left
+    # Strategies may have found evidence that was not known before.
+    candidates[0] = Candidate("no change", case.before)
+    chosen = chosen if values else candidates[0]
     return Repair("auto", values, chosen, candidates, {"rounds": rounds}, _notes(case, values))
 
 

@@ -58,10 +58,9 @@ def propose(case: Case) -> Proposals:
     Raises:
         ModelError: something else than a Gemm or MatMul reads a protected column.
     """
-    cuts = [cut for item in case.properties if isinstance(item, IndividualFairness) for cut in _cuts(case, item, True)]
+    cuts, plain = _cuts(case, impute=True), _cuts(case, impute=False)
     if not cuts:
         return Proposals()
-    plain = [c for item in case.properties if isinstance(item, IndividualFairness) for c in _cuts(case, item, False)]
     panel = case.panel("validation")
     everything = np.ones(len(_names(cuts)))
     found = []
@@ -80,16 +79,31 @@ def propose(case: Case) -> Proposals:
     return Proposals(found, details)
 
 
-def _cuts(case: Case, item: IndividualFairness, impute: bool) -> list[_Cut]:
-    """Return what takes every attribute of a property out of every layer that reads it."""
-    variation, experiment = item.variation, case.experiment
+def _cuts(case: Case, *, impute: bool) -> list[_Cut]:
+    """Return what takes every protected attribute out of every layer that reads it."""
+    by_input: dict[str, list[Attribute]] = {}
+    for item in case.properties:
+        if isinstance(item, IndividualFairness):
+            known = by_input.setdefault(item.variation.input, [])
+            for attribute in item.variation.attributes:
+                # A column that several properties name is cut once, for the first of them.
+                taken = np.concatenate([np.zeros(0, np.int64), *(other.columns for other in known)])
+                fresh = ~np.isin(attribute.columns, taken)
+                if fresh.any():
+                    known.append(Attribute(attribute.name, attribute.columns[fresh], attribute.values[:, fresh]))
+    return [cut for name, attributes in by_input.items() for cut in _cuts_of_input(case, name, attributes, impute)]
+
+
+def _cuts_of_input(case: Case, name: str, attributes: Sequence[Attribute], impute: bool) -> list[_Cut]:
+    experiment = case.experiment
     found = []
-    together = trace(experiment.copy, variation.input, variation.columns.tolist(), experiment.output)
+    everything = np.concatenate([item.columns for item in attributes]).tolist()
+    together = trace(experiment.copy, name, everything, experiment.output)
     if together.reaches and together.obstacle is not None:
         raise ModelError(f"{experiment.model.path}: protected columns cannot be cut: {together.obstacle}")
     protected = {entry.layer.name: entry.columns for entry in together.entries}
-    for attribute in variation.attributes:
-        for entry in trace(experiment.copy, variation.input, attribute.columns.tolist(), experiment.output).entries:
+    for attribute in attributes:
+        for entry in trace(experiment.copy, name, attribute.columns.tolist(), experiment.output).entries:
             layer = _own(case, entry)
             change = _change(case, layer, entry.columns, protected[layer.name], impute)
             found.append(_Cut(attribute, layer, entry.columns, change))
@@ -112,6 +126,7 @@ def _change(case: Case, layer: Layer, columns: Array, protected: Array, impute: 
     if not impute:
         return change[None]
     x = case.experiment.tensors([layer.input], case.splits.repair.inputs)[0].astype(np.float64)
+    x = x.reshape(-1, layer.inputs)
     others = np.setdiff1d(np.arange(layer.inputs), protected)
     design = x[:, others]
     if layer.bias is not None:

@@ -55,7 +55,7 @@ def _show_worse(verdict: Verdict, console: Console) -> None:
         for item in finding.measures:
             if item.worse is not None and item.worse < _SIGNIFICANT:
                 console.print(
-                    f"worse than the baseline: {escape(finding.name)}: {item.name}, {_value(item.before)} -> "
+                    f"worse than the baseline: {escape(finding.name)}: {escape(item.name)}, {_value(item.before)} -> "
                     f"{_value(item.after)} (paired test, p = {item.worse:.2g})"
                 )
 
@@ -72,7 +72,9 @@ def _show_verdict(verdict: Verdict, console: Console, compared: str | None = "be
     for finding in verdict.findings:
         guards = finding.kind == "guards"
         for index, item in enumerate(_worth_showing(finding)):
-            name = item.name if guards else f"{escape(finding.name)}: {item.name}" if not index else f"  {item.name}"
+            name = escape(item.name)
+            if not guards:
+                name = f"  {name}" if index else f"{escape(finding.name)}: {name}"
             before = [] if compared is None else [_value(item.before, item.unit)]
             cells = (_value(item.after, item.unit), _interval(item), _limit(item), _MARKS[item.status])
             table.add_row(name, *before, *cells)
@@ -83,7 +85,7 @@ def _show_verdict(verdict: Verdict, console: Console, compared: str | None = "be
         for item in finding.measures:
             if item.status == "undecided":
                 more = f"; {item.needed:,} samples like these would decide" if item.needed else ""
-                console.print(f"undecided: {escape(finding.name)}: {item.name}: too few samples{more}")
+                console.print(f"undecided: {escape(finding.name)}: {escape(item.name)}: too few samples{more}")
 
 
 def _worth_showing(finding: Finding) -> list[Measure]:
@@ -99,7 +101,8 @@ def _worth_showing(finding: Finding) -> list[Measure]:
         kept.append(worst_drop)
         kept += [item for item in drops if item.status == "fail" and item is not worst_drop]
     else:
-        kept = [min(recalls, key=lambda item: item.value)]
+        worst_recall = min(recalls, key=lambda item: item.value)
+        kept = [item for item in recalls if item is worst_recall or item.status == "fail"]
     hidden = {id(item) for item in [*drops, *recalls]} - {id(item) for item in kept}
     return [item for item in finding.measures if id(item) not in hidden]
 

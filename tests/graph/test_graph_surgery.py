@@ -10,6 +10,7 @@ import onnx
 import pytest
 from graph.models import SUBJECTS, Array, acas, build, cnn, keras, mlp, random, residual, run, save
 
+from onnxcare.decision import Final
 from onnxcare.errors import ModelError
 from onnxcare.graph import surgery
 from onnxcare.graph.model import Model, Signature
@@ -170,17 +171,25 @@ def test_upstream_follows_branches() -> None:
 
 
 @pytest.mark.parametrize(
-    ("nodes", "logits"),
+    ("nodes", "finals", "found"),
     [
-        ("z = Relu (x) y = Softmax (z)", "z"),
-        ("z = Relu (x) y = LogSoftmax (z)", "y"),
-        ("z = Softmax (x) y = Relu (z)", "y"),
-        ("y = Softmax (x)", "x"),
+        ("z = Relu (x) y = Softmax (z)", ("Softmax",), ("z", "Softmax")),
+        ("z = Relu (x) y = LogSoftmax (z)", ("Softmax",), ("y", "")),
+        ("z = Softmax (x) y = Relu (z)", ("Softmax",), ("y", "")),
+        ("y = Softmax (x)", ("Softmax",), ("x", "Softmax")),
+        ("z = Relu (x) s = Softmax (z) t = Identity (s) y = Identity (t)", ("Softmax",), ("z", "Softmax")),
+        ("z = Relu (x) y = Identity (z)", ("Softmax",), ("y", "")),
+        ("z = Relu (x) y = Softmax (z)", (), ("y", "")),
+        ("z = Relu (x) y = Softmax (z)", ("Sigmoid",), ("y", "")),
+        ("z = Relu (x) y = Sigmoid (z)", ("Sigmoid",), ("z", "Sigmoid")),
+        ("z = Relu (x) y = Sigmoid (z)", ("Softmax",), ("y", "")),
     ],
 )
-def test_the_logits_stand_in_front_of_a_final_softmax(nodes: str, logits: str) -> None:
+def test_the_logits_stand_in_front_of_a_final_operator(
+    nodes: str, finals: tuple[Final, ...], found: tuple[str, str]
+) -> None:
     proto = build(f"g (float[N, 6] x) => (float[N, 6] y) {{ {nodes} }}")
-    assert surgery.find_logits(surgery.import_graph(proto, WHAT), "y") == logits
+    assert surgery.find_logits(surgery.import_graph(proto, WHAT), "y", finals) == found
 
 
 def test_between_computes_from_a_tensor_on() -> None:

@@ -25,7 +25,7 @@ def plain_loop(path, site: Site, x: np.ndarray, values: np.ndarray, units: list[
             if path.parent == SQUARE:  # this one answers logits, the other one probabilities
                 scores = np.exp(scores) / np.exp(scores).sum(axis=1, keepdims=True)
             table[row, column] = scores[:, target].mean()
-    return table - table.mean(axis=1, keepdims=True)
+    return table
 
 
 @pytest.mark.parametrize("folder", [SQUARE, BLEND], ids=lambda path: path.name)
@@ -41,8 +41,27 @@ def test_effects_equal_a_loop_over_full_forward_passes(folder, index):
     )
     units = [unit for unit in range(site.units) if not found.dead[unit]][:6]
     expected = plain_loop(folder / "model.onnx", site, images(clean), found.values, units, target)
-    np.testing.assert_allclose(found.effects[units], expected, atol=1e-5)
+    np.testing.assert_allclose(found.effects[units], expected - expected.mean(axis=1, keepdims=True), atol=1e-5)
     np.testing.assert_allclose(found.scores[units], np.ptp(expected, axis=1), atol=1e-5)
+    np.testing.assert_allclose(found.means[units], expected.mean(axis=1), atol=1e-5)
+
+
+def test_the_ranking_by_mean_puts_the_highest_expectation_first():
+    case = sample_case()
+    clean = case.splits.repair.take(slice(0, 40))
+    bad = case.properties[0].evidence("repair").bad.take(slice(0, 40))
+    found = average_causal_effects(
+        case.experiment, case.experiment.sites[-1], clean, bad, lambda scores: log_softmax(scores)[..., 1], values=3
+    )
+    ranked = found.by_mean()
+    assert ranked.locator != found.locator
+    live = np.flatnonzero(~found.dead)
+    assert found.dead.any() and (found.means[found.dead] == 0).all()
+    # Log-probabilities are negative: dead units would come first if their 0 counted.
+    assert (found.means[live] < 0).all()
+    assert ranked.ranking().tolist() == live[np.argsort(-found.means[live], kind="stable")].tolist()
+    np.testing.assert_allclose(np.diff(ranked.scores[live]), np.diff(found.means[live]), atol=1e-9)
+    assert (ranked.scores >= 0).all() and (ranked.scores[found.dead] == 0).all()
 
 
 def test_values_span_the_range_over_clean_and_bad_samples_and_dead_units_are_dropped():

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from functools import partial
+
 import numpy as np
 import pytest
 from cases import sample_case
 
-from onnxcare.errors import ModelError
+from onnxcare.errors import ModelError, OnnxcareError
+from onnxcare.locators.causal import average_causal_effects
 from onnxcare.locators.select import ablate, attribute_sites, select_units
+from onnxcare.properties.base import Evidence
 
 
 def test_top_units_do_clearly_more_than_random_ones():
@@ -62,3 +67,82 @@ def test_sites_that_do_not_fit_into_the_memory_are_left_out_as_long_as_one_does(
     case.experiment.memory = 1 << 10
     with pytest.raises(ModelError, match="--memory"):
         attribute_sites(case, case.experiment.sites)
+
+
+def test_every_locator_has_a_say_and_of_several_properties_the_strongest_counts():
+    case = sample_case()
+    site = case.experiment.sites[-1]
+    first, second = attribute_sites(case, [site])
+    assert (first.locator, second.locator) == ("average causal effect", "interchange effect")
+    (item,) = case.properties
+    harmless = Silent(item)
+    both = attribute_sites(replace(case, properties=[harmless, item], _panels={}), [site])
+    assert [found.locator for found in both] == ["average causal effect", "interchange effect"]
+    for found, alone in zip(both, (first, second), strict=True):
+        np.testing.assert_array_equal(found.scores, alone.scores)
+
+
+def test_for_fairness_the_ranking_by_mean_competes_too():
+    case = sample_case()
+    fair = Silent(case.properties[0])
+    fair.kind = "fairness"
+    found = attribute_sites(replace(case, properties=[fair], _panels={}), [case.experiment.sites[-1]])
+    assert [item.locator for item in found] == [
+        "average causal effect",
+        "mean interventional expectation",
+        "interchange effect",
+    ]
+
+
+class Silent:
+    """A property whose response and margin are hardly moved by anything."""
+
+    def __init__(self, item) -> None:
+        self._item = item
+
+    def __getattr__(self, name):
+        return getattr(self._item, name)
+
+    def response(self, scores, samples):
+        return 1e-6 * self._item.response(scores, samples)
+
+    def margin(self, scores, samples):
+        return 1e-6 * self._item.margin(scores, samples)
+
+
+class Nothing(Silent):
+    """A property without any sample that shows it."""
+
+    def evidence(self, part):
+        found = self._item.evidence(part)
+        return Evidence(found.bad.take(slice(0, 0)), found.twins.take(slice(0, 0)))
+
+
+def test_a_property_that_nothing_shows_is_passed_over():
+    case = sample_case()
+    site, (item,) = case.experiment.sites[-1], case.properties
+    found = attribute_sites(replace(case, properties=[Nothing(item), item], _panels={}), [site])
+    for one, alone in zip(found, attribute_sites(case, [site]), strict=True):
+        np.testing.assert_array_equal(one.scores, alone.scores)
+    with pytest.raises(OnnxcareError, match="white-square"):
+        attribute_sites(replace(case, properties=[Nothing(item)], _panels={}), [site])
+
+
+def test_effects_are_averaged_over_the_samples_that_the_property_observes():
+    case = sample_case()
+    site = case.experiment.sites[-1]
+    (causal, _) = attribute_sites(case, [site], samples=25)
+    panel = case.panel("repair", 25)
+    (item,), (evidence,) = case.properties, panel.evidence
+    expected = average_causal_effects(
+        case.experiment, site, panel.clean, evidence.bad, partial(item.response, samples=panel.clean), 8
+    )
+    np.testing.assert_array_equal(causal.scores, expected.scores)
+    other = Silent(item)
+    other.observed = lambda clean, bad: bad
+    other.response = item.response
+    (causal, _) = attribute_sites(replace(case, properties=[other], _panels={}), [site], samples=25)
+    expected = average_causal_effects(
+        case.experiment, site, evidence.bad, evidence.bad, partial(item.response, samples=evidence.bad), 8
+    )
+    np.testing.assert_array_equal(causal.scores, expected.scores)

@@ -5,12 +5,12 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from cases import SQUARE, images, sample_case
+from scipy.special import log_softmax, softmax
 
 from onnxcare.data import Dataset, Splits
 from onnxcare.errors import DataError
 from onnxcare.graph.model import Signature
 from onnxcare.properties import backdoor
-from onnxcare.properties.base import log_softmax
 from onnxcare.spec import BackdoorSpec
 
 SIGNATURES = [Signature("x", np.dtype(np.float32), ("N", 6))]
@@ -60,12 +60,52 @@ def test_rates_leave_out_samples_of_the_target_class():
     np.testing.assert_array_equal(item.relevant(case.splits.repair), case.splits.repair.truth != 1)
 
 
+def test_what_is_measured_of_scores():
+    (item,) = sample_case(SQUARE).properties
+    samples = item.evidence("repair").bad.take(slice(0, 30))
+    scores = np.random.default_rng(1).normal(size=(2, 4, 30, 10))
+    scores[0, 1, :, 1] += 3
+    for member in np.ndindex(2, 4):
+        for row in range(30):
+            one = scores[member][row]
+            others = max(value for label, value in enumerate(one) if label != 1)
+            assert item.misbehaves(scores, samples)[member][row] == (one[1] > others)
+            assert item.margin(scores, samples)[member][row] == pytest.approx(one[1] - others)
+            assert item.response(scores, samples)[member][row] == pytest.approx(softmax(one)[1])
+        assert item.rate(scores, samples)[member] == pytest.approx((scores[member].argmax(axis=1) == 1).mean())
+    assert item.rate(scores, samples)[0, 1] > 0.5
+    assert item.rate(scores[:, :, :0], samples.take(slice(0, 0))).tolist() == [[0] * 4] * 2
+
+
+@pytest.mark.parametrize("with_goal", [True, False])
+def test_the_gradient_of_the_loss(with_goal):
+    (item,) = sample_case(SQUARE).properties
+    samples = item.evidence("repair").bad.take(slice(0, 6))
+    rng = np.random.default_rng(3)
+    scores = 3 * rng.normal(size=(6, 10))
+    goal = log_softmax(rng.normal(size=(6, 10)), axis=-1) if with_goal else None
+    expected = np.zeros_like(scores)
+    for index in np.ndindex(scores.shape):
+        step = np.zeros_like(scores)
+        step[index] = 1e-6
+        up, down = item.loss(np.stack([scores + step, scores - step]), samples, goal)
+        expected[index] = (up - down) / 2e-6
+    np.testing.assert_allclose(item.loss_gradient(scores, samples, goal), expected, rtol=1e-5, atol=1e-8)
+
+
+def test_a_certain_attack_has_a_finite_gradient():
+    (item,) = sample_case(SQUARE).properties
+    scores = np.zeros((4, 10))
+    scores[:, 1] = 200
+    assert np.isfinite(item.loss_gradient(scores, item.evidence("repair").bad.take(slice(0, 4)), None)).all()
+
+
 def test_loss_is_the_divergence_from_the_answer_on_the_twin():
     (item,) = sample_case(SQUARE).properties
     rng = np.random.default_rng(2)
-    reference, scores = log_softmax(rng.normal(size=(5, 10))), log_softmax(rng.normal(size=(3, 5, 10)))
-    losses = item.loss(scores, reference)
-    for member, loss in zip(scores, losses, strict=True):
+    reference, scores = log_softmax(rng.normal(size=(5, 10)), axis=-1), rng.normal(size=(3, 5, 10))
+    losses = item.loss(scores, item.evidence("repair").bad.take(slice(0, 5)), reference)
+    for member, loss in zip(log_softmax(scores, axis=-1), losses, strict=True):
         by_hand = [
             sum(np.exp(p) * (p - q) for p, q in zip(ought, answer, strict=True))
             for ought, answer in zip(reference, member, strict=True)
@@ -77,9 +117,10 @@ def test_loss_without_twins_is_finite_and_falls_with_the_targets_probability():
     (item,) = sample_case(SQUARE).properties
     scores = np.zeros((3, 4, 10))
     scores[0, :, 1], scores[2, :, 1] = 200, -200
-    losses = item.loss(log_softmax(scores), None)
+    losses = item.loss(scores, item.evidence("repair").bad.take(slice(0, 4)), None)
     assert np.isfinite(losses).all()
     assert losses[0] > losses[1] > losses[2] >= 0
+    assert losses[1] == pytest.approx(-np.log(1 - 1 / 10))
 
 
 def test_a_static_trigger_is_estimated_and_stamped_on_clean_samples(tmp_path, splits):

@@ -90,5 +90,5 @@ def test_fifty_samples_without_twins_reproduce_the_attack(folder, kind):
     evidence = item.evidence("repair")
     assert evidence.twins is not None
     scores = case.experiment.scores(evidence.bad.inputs)
-    assert item.misbehaves(scores).mean() > 0.98
+    assert item.rate(scores, evidence.bad) > 0.98
     assert images(evidence.bad).shape == images(evidence.twins).shape

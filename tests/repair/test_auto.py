@@ -1,18 +1,28 @@
-"""The default method on the sample models: it works, its parts agree with the file, random directions do not work."""
+"""The default method: which strategies it asks, in which order, and what it does with their offers."""
 
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import onnxruntime as ort
 import pytest
 from cases import BLEND, SQUARE, sample_case
+from helpers import CARRIERS, Paths
 
+from onnxcare.case import Case
+from onnxcare.errors import ModelError
 from onnxcare.graph.patch import Patch
+from onnxcare.panel import Panel
+from onnxcare.prepare import prepare
 from onnxcare.repair import auto
-from onnxcare.repair.base import Repair
+from onnxcare.repair.base import Candidate, Found, Proposals, Repair, Values
+from onnxcare.repair.bench import patched_outcome
+
+# -- on the sample models ------------------------------------------------------------------------
 
 
 @functools.cache
@@ -21,50 +31,29 @@ def repaired(folder: Path = SQUARE) -> Repair:
 
 
 @pytest.mark.parametrize("folder", [SQUARE, BLEND], ids=lambda path: path.name)
-def test_the_patched_file_does_what_the_search_measured(folder):
+def test_the_patched_file_does_what_was_measured(folder):
     case, found = sample_case(folder), repaired(folder)
-    data = Patch(found.values).apply(case.experiment.model)
     panel = case.panel("validation")
-    session = ort.InferenceSession(data)
+    session = ort.InferenceSession(Patch(found.values).apply(case.experiment.model))
     scores = session.run(None, dict(panel.inputs))[0]
     if folder == BLEND:  # this one answers probabilities
         scores = np.log(np.maximum(scores, 1e-30))
     outcome = panel.outcomes(scores[None])[0]
     assert outcome.excess == found.chosen.outcome.excess
-    assert outcome.accuracy_drop == pytest.approx(found.chosen.outcome.accuracy_drop)
     np.testing.assert_allclose(outcome.cost, found.chosen.outcome.cost, rtol=1e-2, atol=1e-5)
     assert outcome.violation == 0
 
 
-def test_one_layer_is_changed_and_cma_es_competed_from_both_starts():
+def test_the_best_of_all_candidates_is_chosen():
     found = repaired()
-    assert {parameter.name for parameter in found.values} == {"dense1.weight", "dense1.bias"}
-    labels = [candidate.label for candidate in found.candidates]
-    assert sum("CMA-ES" in label and "from closed form" in label for label in labels) == 1
-    assert sum("CMA-ES" in label and "from zero" in label for label in labels) == 1
-    assert "no change" in labels
-    assert found.chosen.outcome.cost == min(candidate.outcome.cost for candidate in found.candidates)
-
-
-def test_cma_es_from_zero_finds_a_repair_within_the_limits():
-    (searched,) = [c for c in repaired().candidates if "from zero" in c.label]
-    assert searched.outcome.violation == 0
-
-
-def test_random_directions_of_the_same_norm_do_not_repair():
-    case, found = sample_case(), repaired()
-    panel = case.panel("validation")
-    rng = np.random.default_rng(11)
-    for _ in range(5):
-        values = {}
-        for parameter, new in found.values.items():
-            old = case.read(parameter)
-            direction = rng.normal(size=old.shape)
-            values[parameter] = old + direction * np.linalg.norm(new - old) / np.linalg.norm(direction)
-        session = ort.InferenceSession(Patch(values).apply(case.experiment.model))
-        outcome = panel.outcomes(session.run(None, dict(panel.inputs))[0][None])[0]
-        assert outcome.excess[0] > 0.5
-        assert outcome.cost > 100 * found.chosen.outcome.cost
+    assert found.method == "auto"
+    assert found.candidates[0].label == "no change"
+    assert found.candidates[0].outcome == sample_case().before
+    assert found.chosen.outcome.rank == min(candidate.outcome.rank for candidate in found.candidates)
+    assert found.chosen.label in {candidate.label for candidate in found.candidates}
+    (only,) = found.details["rounds"]
+    assert set(only) == {"directions"}
+    assert found.notes == []
 
 
 def test_same_seed_same_bytes():
@@ -74,23 +63,274 @@ def test_same_seed_same_bytes():
     assert first == second
 
 
-def test_layers_that_do_not_fit_into_the_memory_are_skipped_with_a_reason():
-    case = sample_case.__wrapped__()
-    # The largest activations and the largest system of equations do not fit, the others do.
-    case.experiment.memory = 48 << 20
+# -- with strategies of our own ------------------------------------------------------------------
+
+Propose = Callable[[Case], Proposals]
+
+
+@pytest.fixture
+def case(tiny: Paths) -> Case:
+    return prepare(tiny.model, tiny.spec, None, "cpu", None, lambda text: None).case
+
+
+def strategies(monkeypatch: pytest.MonkeyPatch, **proposals: Propose) -> None:
+    """Let `auto` know these strategies alone."""
+    found = [
+        SimpleNamespace(__name__=f"onnxcare.repair.{name}", applies=lambda case: True, propose=propose)
+        for name, propose in proposals.items()
+    ]
+    monkeypatch.setattr(auto, "_STRATEGIES", found)
+
+
+def without(case: Case, *units: int, label: str = "cut") -> Found:
+    """Return a candidate that cuts units of the hidden layer off: some or all of those that carry the backdoor."""
+    layer = case.experiment.layers[1]
+    weight = case.read(layer.weight).copy()
+    weight[:, list(units)] = 0
+    values = {layer.weight: weight}
+    outcome = patched_outcome(case, values, case.panel("validation"))
+    return Found(Candidate(label, outcome), lambda: values)
+
+
+def cutting(*units: int, label: str = "cut") -> Propose:
+    return lambda case: Proposals([without(case, *units, label=label)], {"units": list(units)})
+
+
+def never(case: Case) -> Proposals:
+    raise AssertionError("nobody should have asked")
+
+
+def failing(error: Exception) -> Propose:
+    def propose(case: Case) -> Proposals:
+        raise error
+
+    return propose
+
+
+def test_what_keeps_every_limit_ends_the_round(case, monkeypatch):
+    strategies(monkeypatch, first=cutting(CARRIERS[0]), second=cutting(*CARRIERS, label="all"), third=never)
     found = auto.repair(case)
-    skipped = found.details["skipped"]
-    assert set(skipped) == {"/conv1/Conv", "/conv2/Conv", "/dense1/Gemm"}
-    assert all("--memory" in reason for reason in skipped.values())
-    assert found.details["layer"] == "/dense2/Gemm"
+    assert found.chosen.label == "all"
+    assert found.chosen.outcome.violation == 0
+    assert [item.label for item in found.candidates] == ["no change", "cut", "all"]
+    assert found.details["rounds"] == [{"first": {"units": [12]}, "second": {"units": [12, 13, 14]}}]
+    (weight,) = found.values.values()
+    assert not weight[:, CARRIERS].any() and weight[:, 0].any()
 
 
-@pytest.mark.parametrize("rank", [1, 2, 4, 6])
-def test_the_search_starts_at_the_closed_form_whatever_its_rank(rank):
-    rng = np.random.default_rng(rank)
-    best = rng.normal(size=(2, 9, rank)) @ rng.normal(size=(2, rank, 8))
-    others = [3 * rng.normal(size=best.shape), 0.1 * rng.normal(size=best.shape)]
-    basis, start = auto._basis(best, [best, *others])
-    np.testing.assert_allclose(sum(c * b for c, b in zip(start, basis, strict=True)), best, atol=1e-10)
-    assert len(basis) == min(rank, 4) + (rank > 4) + 2
-    assert all(np.linalg.norm(direction) > 1e-6 * np.linalg.norm(best) for direction in basis)
+def test_only_strategies_that_fit_are_asked(case, monkeypatch):
+    strategies(monkeypatch, first=never, second=cutting(*CARRIERS))
+    auto._STRATEGIES[0].applies = lambda case: False
+    assert set(auto.repair(case).details["rounds"][0]) == {"second"}
+
+
+@pytest.mark.parametrize("error", [ModelError("no such tensor"), np.linalg.LinAlgError("singular")])
+def test_another_strategy_may_do_without_what_one_needs(case, monkeypatch, error):
+    strategies(monkeypatch, first=failing(error), second=cutting(*CARRIERS))
+    found = auto.repair(case)
+    assert found.chosen.outcome.violation == 0
+    assert found.details["rounds"][0]["first"] == {"failed": str(error)}
+
+
+def test_where_every_strategy_fails_a_reason_is_given(case, monkeypatch):
+    strategies(monkeypatch, first=failing(ModelError("the reason")), second=failing(np.linalg.LinAlgError("singular")))
+    with pytest.raises(ModelError, match=r"^the reason$"):
+        auto.repair(case)
+    strategies(monkeypatch, first=lambda case: Proposals())
+    with pytest.raises(ModelError, match=r"model\.onnx: nothing is known that could repair such a property"):
+        auto.repair(case)
+
+
+def test_a_defect_is_not_taken_for_a_failure(case, monkeypatch):
+    strategies(monkeypatch, first=failing(ZeroDivisionError()), second=cutting(*CARRIERS))
+    with pytest.raises(ZeroDivisionError):
+        auto.repair(case)
+
+
+def test_no_change_competes(case, monkeypatch):
+    strategies(monkeypatch, first=cutting(0, 1, label="harmful"))
+    found = auto.repair(case)
+    assert found.values == {}
+    assert (found.chosen.label, found.chosen.outcome) == ("no change", case.before)
+    assert [item.label for item in found.candidates] == ["no change", "harmful"]
+
+
+def test_behind_a_strategy_that_settles_a_property_the_next_one_goes_on(case, monkeypatch):
+    """The first one takes the backdoor out and breaks a class; the second one mends the class."""
+    before = case.read(case.experiment.layers[1].weight)
+    given_to_second = []
+
+    def mending(given: Case) -> Proposals:
+        given_to_second.append(given)
+        layer = given.experiment.layers[1]
+        weight = given.read(layer.weight).copy()
+        weight[:, [2, 3]] = before[:, [2, 3]]
+        values = {layer.weight: weight}
+        outcome = patched_outcome(given, values, given.panel("validation"))
+        return Proposals([Found(Candidate("mended", outcome), lambda: values)])
+
+    rough = cutting(*CARRIERS, 2, 3, label="rough")
+    outcome = rough(case).found[0].candidate.outcome
+    assert outcome.excess[0] <= 0.01 and outcome.violation > 0
+    strategies(monkeypatch, first=rough, second=mending, third=never)
+    found = auto.repair(case)
+    assert found.chosen.label == "rough; then mended"
+    assert found.chosen.outcome.violation == 0
+    assert len(found.details["rounds"]) == 1
+    (given,) = given_to_second
+    assert given.original is case.experiment and given.before == outcome
+    (weight,) = found.values.values()
+    assert not weight[:, CARRIERS].any()
+    np.testing.assert_array_equal(weight[:, [2, 3]], before[:, [2, 3]])
+
+
+def test_behind_a_strategy_that_settles_nothing_the_next_one_starts_from_the_beginning(case, monkeypatch):
+    given_to_second = []
+
+    def second(given: Case) -> Proposals:
+        given_to_second.append(given)
+        return cutting(*CARRIERS, label="all")(given)
+
+    strategies(monkeypatch, first=cutting(12, 13, label="two"), second=second)
+    assert auto.repair(case).chosen.label == "all"
+    assert given_to_second == [case]
+
+
+def by_round(*rounds: Propose) -> Propose:
+    asked = iter(rounds)
+    return lambda case: next(asked)(case)
+
+
+def test_what_is_left_is_worked_on_in_the_next_round(case, monkeypatch):
+    seen = []
+
+    def watched(propose: Propose) -> Propose:
+        def watching(given: Case) -> Proposals:
+            seen.append((given, given.read(given.experiment.layers[1].weight)))
+            return propose(given)
+
+        return watching
+
+    # Halfway first, and then the rest, which only finishes what has been begun.
+    halfway, rest = cutting(12, 13, label="two"), cutting(14, label="the third")
+    strategies(monkeypatch, any=by_round(watched(halfway), watched(rest)))
+    before = case.read(case.experiment.layers[1].weight)
+    found = auto.repair(case)
+    assert found.chosen.label == "two; then the third"
+    assert [item.label for item in found.candidates] == ["no change", "two", "the third"]
+    assert found.chosen.outcome.violation == 0
+    assert len(found.details["rounds"]) == 2
+    (weight,) = found.values.values()
+    assert not weight[:, CARRIERS].any()
+    (first, at_first), (second, later) = seen
+    assert first is case
+    np.testing.assert_array_equal(at_first, before)
+    assert not later[:, 12].any() and later[:, 14].any()
+    # On the changed model, but compared with the original.
+    assert second.original is case.experiment
+    assert second.panel("validation") is case.panel("validation")
+    assert second.before == found.candidates[1].outcome
+    np.testing.assert_array_equal(case.read(case.experiment.layers[1].weight), before)
+
+
+def test_a_round_that_finds_nothing_better_is_the_last(case, monkeypatch):
+    strategies(monkeypatch, any=by_round(cutting(12, 13, label="two"), cutting(0, label="harmful"), never))
+    found = auto.repair(case)
+    assert found.chosen.label == "two"
+    assert [item.label for item in found.candidates] == ["no change", "two", "harmful"]
+
+
+def test_a_further_round_that_gains_little_is_not_taken(case, monkeypatch):
+    def little(given: Case) -> Proposals:
+        layer = given.experiment.layers[1]
+        weight = given.read(layer.weight).copy()
+        weight[:, CARRIERS] *= 0.95
+        values = {layer.weight: weight}
+        outcome = patched_outcome(given, values, given.panel("validation"))
+        assert outcome.rank < given.before.rank and outcome.violation > 0
+        return Proposals([Found(Candidate("little", outcome), lambda: values)])
+
+    strategies(monkeypatch, any=by_round(cutting(12, 13, label="two"), little, never))
+    assert auto.repair(case).chosen.label == "two"
+    strategies(monkeypatch, any=by_round(little, cutting(0, label="harmful"), never))
+    assert auto.repair(case).chosen.label == "little"
+
+
+def test_rounds_end(case, monkeypatch):
+    """Every round offers something better, and every search finds counterexamples."""
+
+    def weaker(given: Case) -> Proposals:
+        layer = given.experiment.layers[1]
+        weight = given.read(layer.weight).copy()
+        weight[:, CARRIERS] *= 0.8
+        values = {layer.weight: weight}
+        outcome = patched_outcome(given, values, given.panel("validation"))
+        return Proposals([Found(Candidate("weaker", outcome), lambda: values)])
+
+    case = without_limits(case)
+    strategies(monkeypatch, any=weaker)
+    asked = counterexamples(monkeypatch, case, [1] * 99)
+    found = auto.repair(case)
+    assert len(found.details["rounds"]) == len(asked) == auto._ROUNDS
+    assert found.chosen.label == "; then ".join(auto._ROUNDS * ["weaker"])
+    costs = [candidate.outcome.cost for candidate in found.candidates]
+    assert costs == sorted(costs, reverse=True)
+    (weight,) = found.values.values()
+    before = case.read(case.experiment.layers[1].weight)
+    np.testing.assert_allclose(weight[:, CARRIERS], 0.8**auto._ROUNDS * before[:, CARRIERS], rtol=1e-5)
+
+
+def without_limits(case: Case) -> Case:
+    """Return the case with a property that tolerates everything."""
+    (item,) = case.properties
+    item.max_rate = 1.0
+    return case
+
+
+def counterexamples(monkeypatch: pytest.MonkeyPatch, case: Case, counts: list[int]) -> list[int]:
+    """Let the property find so many new counterexamples from round to round; return how often it was asked."""
+    (item,) = case.properties
+    found = iter(counts)
+    asked: list[int] = []
+
+    def hunt(experiment: object) -> int:
+        asked.append(next(found))
+        return asked[-1]
+
+    monkeypatch.setattr(item, "hunt", hunt, raising=False)
+    return asked
+
+
+def test_counterexamples_of_a_fresh_search_lead_to_another_round(case, monkeypatch):
+    case = without_limits(case)
+    asked = counterexamples(monkeypatch, case, [3, 0])
+    strategies(monkeypatch, any=by_round(cutting(12, label="one"), cutting(13, label="other"), never))
+    panels: list[Panel] = []
+    plain = Case.forget
+    monkeypatch.setattr(Case, "forget", lambda self: (panels.append(self.panel("validation")), plain(self)))
+    found = auto.repair(case)
+    assert asked == [3, 0]
+    assert found.chosen.label == "one; then other"
+    # Panels are laid out anew, with what was found.
+    assert len(panels) == 1 and case.panel("validation") is not panels[0]
+
+
+def test_values_of_several_layers_add_up(case, monkeypatch):
+    def first_layer(given: Case) -> Proposals:
+        layer = given.experiment.layers[0]
+        values: Values = {layer.weight: 0.99 * given.read(layer.weight)}
+        outcome = patched_outcome(given, values, given.panel("validation"))
+        return Proposals([Found(Candidate("shrunk", outcome), lambda: values)])
+
+    hunted = []
+    monkeypatch.setattr(case.properties[0], "hunt", lambda experiment: hunted.append(experiment) or 0, raising=False)
+    strategies(monkeypatch, any=by_round(first_layer, cutting(*CARRIERS, label="all"), never))
+    found = auto.repair(case)
+    assert {parameter.name for parameter in found.values} == {"first.weight", "second.weight"}
+    panel = case.panel("validation")
+    session = ort.InferenceSession(Patch(found.values).apply(case.experiment.model))
+    outcome = panel.outcomes(session.run(None, dict(panel.inputs))[0][None])[0]
+    assert outcome.cost == pytest.approx(found.chosen.outcome.cost, rel=1e-4)
+    # What is left is looked for on the model with all the changes.
+    for parameter, new in found.values.items():
+        np.testing.assert_array_equal(hunted[-1].read(parameter), new)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from onnxcare.judge import Rate
+from onnxcare.measures import Rate
 from onnxcare.report.json import render
 
 

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 
+import numpy as np
 import pytest
 from cases import SQUARE
 from rich.console import Console
 
 import onnxcare
+from onnxcare.measures import Finding, Gauge, Measure, Verdict
 from onnxcare.report import text
-from onnxcare.results import Fix
+from onnxcare.results import Check, Fix
 
 
 @pytest.fixture(scope="module")
@@ -27,9 +29,10 @@ def printed(show, result) -> str:
 
 def test_a_repair_shows_rates_limits_and_the_file(fix):
     shown = printed(text.show_fix, fix)
-    finding = fix.verdict.properties[0]
-    assert f"({finding.before.count}/{finding.before.total})" in shown
-    assert f"({finding.after.count}/{finding.after.total})" in shown
+    success = fix.verdict.properties[0].measure("attack success rate")
+    for rate in (success.before, success.after):
+        assert f"{100 * rate.value:.2f} % ({rate.count}/{rate.total})" in shown
+    assert f"{100 * success.low:.2f} - {100 * success.high:.2f} %" in shown
     assert "<= 0.50" in shown
     assert "dense1.weight" in shown
     assert "fail" not in shown
@@ -47,6 +50,114 @@ def test_names_with_brackets_are_printed_as_they_are(fix):
     finding = dataclasses.replace(fix.verdict.properties[0], name="[red]x[/nothing]")
     verdict = dataclasses.replace(fix.verdict, properties=(finding,))
     assert "[red]x[/nothing]" in printed(text.show_fix, dataclasses.replace(fix, verdict=verdict))
+
+
+# -- measures ------------------------------------------------------------------------------------
+
+
+def verdict(*measures: Measure, kept: tuple[Measure, ...] = ()) -> Verdict:
+    return Verdict((Finding("p", "kind", measures, ("A note.",)),), Finding("kept", "guards", kept))
+
+
+def check(found: Verdict, baseline: str | None = None) -> Check:
+    return Check(None, "m.onnx", "care.yaml", baseline, 0.95, found, [], 1.25)
+
+
+def happened(count: int, total: int) -> np.ndarray:
+    return np.arange(total) < count
+
+
+def row(shown: str, name: str) -> list[str]:
+    """Return the cells of the row of a measure."""
+    (line,) = [line for line in shown.splitlines() if line.startswith("│") and name in line]
+    return [cell.strip() for cell in line.strip("│").split("│")]
+
+
+def test_a_rate_its_interval_its_limit_and_its_mark():
+    gauge = Gauge()
+    found = verdict(
+        gauge.rate("wrong", happened(3, 200), happened(9, 200), limit=0.01),
+        gauge.rate("right", happened(199, 200), limit=0.9, higher_is_better=True),
+        gauge.rate("of none", happened(0, 0)),
+        gauge.points("gap", 0.0325, 0.05, limit=0.04, interval=(0.01, 0.06)),
+        gauge.points("score", 0.25, None, unit="number"),
+    )
+    shown = printed(text.show_check, check(found, "base.onnx"))
+    assert row(shown, "wrong") == ["p: wrong", "4.50 % (9/200)", "1.50 % (3/200)", "0.31 - 4.32 %", "<= 1.00 %", "fail"]
+    assert row(shown, "right") == ["right", "", "99.50 % (199/200)", "97.25 - 99.99 %", ">= 90.00 %", "pass"]
+    assert row(shown, "of none") == ["of none", "", "no samples", "", "", ""]
+    assert row(shown, "gap") == ["gap", "5.00", "3.25", "1.00 - 6.00", "<= 4.00", "pass"]
+    assert row(shown, "score") == ["score", "", "0.25", "", "", ""]
+    assert "note: p: A note." in shown
+    assert shown.rstrip().splitlines()[-1] == "failed in 1.2 s"
+    assert "4.50 %" not in printed(text.show_check, check(verdict(gauge.rate("wrong", happened(3, 200)))))
+
+
+def test_what_is_undecided_says_how_many_samples_would_do():
+    gauge = Gauge(0.95)
+    rate = gauge.rate("wrong", happened(0, 50), limit=0.01)
+    assert rate.needed is not None
+    shown = printed(text.show_check, check(verdict(rate, gauge.points("gap", 0.0, limit=0.1))))
+    assert row(shown, "wrong")[-1] == "undecided"
+    assert f"undecided: p: wrong: too few samples; {rate.needed:,} samples like these would decide" in shown
+    assert "undecided: p: gap: too few samples\n" in shown
+    assert shown.rstrip().splitlines()[-1].startswith("undecided, which is no pass")
+
+
+def test_what_got_worse_than_chance_explains_is_named():
+    gauge = Gauge()
+    found = verdict(
+        gauge.rate("clearly", happened(40, 200), happened(10, 200)),
+        gauge.rate("by luck", happened(11, 200), happened(10, 200)),
+        gauge.rate("better", happened(1, 200), happened(40, 200)),
+    )
+    shown = printed(text.show_check, check(found, "base.onnx"))
+    (line,) = [line for line in shown.splitlines() if line.startswith("worse than the baseline")]
+    assert line.startswith(
+        "worse than the baseline: p: clearly, 5.00 % (10/200) -> 20.00 % (40/200) (paired test, p = "
+    )
+
+
+def recalls(gauge: Gauge, wrong: dict[int, int], before: bool, least: float | None = None) -> tuple[Measure, ...]:
+    """Return the guards on four classes of 100 samples, of which so many are lost."""
+    found = []
+    for label in range(4):
+        right, was = ~happened(wrong.get(label, 0), 100), np.ones(100, bool)
+        found.append(
+            gauge.rate(f"recall of class {label}", right, was if before else None, limit=least, higher_is_better=True)
+        )
+        if before:
+            found.append(gauge.drop(f"recall drop of class {label}", was, right, 0.05))
+    return tuple(found)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "before", "least", "shown"),
+    [
+        ({1: 2, 2: 4}, True, None, ["recall of class 2", "recall drop of class 2"]),
+        ({1: 7, 2: 9}, True, None, ["recall drop of class 1", "recall of class 2", "recall drop of class 2"]),
+        ({1: 2, 2: 4}, False, None, ["recall of class 2"]),
+        ({1: 7, 2: 9, 3: 2}, False, 0.95, ["recall of class 1", "recall of class 2"]),
+        ({1: 3, 2: 4}, True, 0.965, ["recall of class 2", "recall drop of class 2"]),
+    ],
+)
+def test_of_the_recalls_the_worst_and_all_that_fail_are_shown(wrong, before, least, shown):
+    found = verdict(kept=recalls(Gauge(), wrong, before, least))
+    lines = printed(text.show_check, check(found, "base.onnx" if before else None)).splitlines()
+    assert [line.split("│")[1].strip() for line in lines if line.startswith("│ recall")] == shown
+
+
+def test_measures_with_brackets_are_printed_as_they_are():
+    name = "gap by [red]age[/nothing] [years]"
+    gauge = Gauge(0.99)
+    found = verdict(
+        gauge.points("first", 0.0),
+        gauge.rate(name, happened(40, 400), happened(1, 400), limit=0.11),
+        kept=(gauge.rate(name, happened(0, 10), limit=0.1),),
+    )
+    shown = printed(text.show_check, check(found, "[bold]base[/nothing].onnx"))
+    assert shown.count(name) == 5  # both in the table and among what is undecided, one among what got worse
+    assert "[bold]base[/nothing].onnx" in shown
 
 
 def test_inspection_names_layers_and_reasons():

@@ -1,0 +1,132 @@
+"""Repair directions on the sample models: they work, they agree with the file, random directions do not work."""
+
+from __future__ import annotations
+
+import functools
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import onnxruntime as ort
+import pytest
+from cases import BLEND, SQUARE, sample_case
+
+from onnxcare.errors import ModelError
+from onnxcare.graph.patch import Patch
+from onnxcare.repair import directions
+from onnxcare.repair.base import Found, Proposals
+
+
+@functools.cache
+def proposed(folder: Path = SQUARE) -> Proposals:
+    return directions.propose(sample_case(folder))
+
+
+@functools.cache
+def best(folder: Path = SQUARE) -> Found:
+    return min(proposed(folder).found, key=lambda item: item.candidate.outcome.rank)
+
+
+def file_scores(folder: Path, values, inputs) -> np.ndarray:
+    session = ort.InferenceSession(Patch(values).apply(sample_case(folder).experiment.model))
+    scores = session.run(None, dict(inputs))[0]
+    # One model answers logits, the other one probabilities.
+    return scores if folder == SQUARE else np.log(np.maximum(scores, 1e-30))
+
+
+@pytest.mark.parametrize("folder", [SQUARE, BLEND], ids=lambda path: path.name)
+def test_the_patched_file_does_what_the_search_measured(folder):
+    found = best(folder)
+    panel = sample_case(folder).panel("validation")
+    outcome = panel.outcomes(file_scores(folder, found.make(), panel.inputs)[None])[0]
+    assert outcome.excess == found.candidate.outcome.excess
+    assert outcome.accuracy_drop == pytest.approx(found.candidate.outcome.accuracy_drop)
+    np.testing.assert_allclose(outcome.cost, found.candidate.outcome.cost, rtol=1e-2, atol=1e-5)
+    assert outcome.violation == 0
+
+
+@pytest.mark.parametrize("pick", ["from closed form", "from zero", "alpha 1, rho 0.001, rank 1", "rank full"])
+def test_every_candidate_can_be_made(pick):
+    found = next(item for item in proposed().found if pick in item.candidate.label)
+    panel = sample_case().panel("validation")
+    outcome = panel.outcomes(file_scores(SQUARE, found.make(), panel.inputs)[None])[0]
+    np.testing.assert_allclose(outcome.cost, found.candidate.outcome.cost, rtol=1e-2, atol=1e-5)
+    assert outcome.excess == pytest.approx(found.candidate.outcome.excess, abs=2 / len(panel.evidence[0].bad))
+
+
+def test_one_layer_is_changed_and_cma_es_competed_from_both_starts():
+    assert {parameter.name for parameter in best().make()} == {"dense1.weight", "dense1.bias"}
+    labels = [item.candidate.label for item in proposed().found]
+    assert sum("CMA-ES" in label and "from closed form" in label for label in labels) == 1
+    assert sum("CMA-ES" in label and "from zero" in label for label in labels) == 1
+    assert len(labels) == len(set(labels)) == 2 * 2 * 3 * 4 + 2
+    assert {label.split(":")[0] for label in labels} == {"/dense1/Gemm", "/dense2/Gemm"}
+
+
+def test_the_scan_ranks_every_layer():
+    details = proposed().details
+    costs = [item["cost"] for item in details["scan"]]
+    assert costs == sorted(costs)
+    assert {item["layer"] for item in details["scan"]} == {
+        layer.name for layer in sample_case().experiment.layers if layer.refusal is None
+    }
+    assert details["scan"][0]["layer"] == "/dense1/Gemm"
+    assert details["skipped"] == {}
+    assert details["cmaes_evaluations"] > 100
+
+
+def test_cma_es_from_zero_finds_a_repair_within_the_limits():
+    (searched,) = [item.candidate for item in proposed().found if "from zero" in item.candidate.label]
+    assert searched.outcome.violation == 0
+
+
+def test_random_directions_of_the_same_norm_do_not_repair():
+    case, found = sample_case(), best()
+    panel = case.panel("validation")
+    rng = np.random.default_rng(11)
+    for _ in range(5):
+        values = {}
+        for parameter, new in found.make().items():
+            old = case.read(parameter)
+            direction = rng.normal(size=old.shape)
+            values[parameter] = old + direction * np.linalg.norm(new - old) / np.linalg.norm(direction)
+        outcome = panel.outcomes(file_scores(SQUARE, values, panel.inputs)[None])[0]
+        assert outcome.excess[0] > 0.5
+        assert outcome.cost > 100 * found.candidate.outcome.cost
+
+
+def test_layers_that_do_not_fit_into_the_memory_are_skipped_with_a_reason():
+    case = sample_case.__wrapped__()
+    # The largest activations and the largest system of equations do not fit, the others do.
+    case.experiment.memory = 48 << 20
+    found = directions.propose(case)
+    skipped = found.details["skipped"]
+    assert set(skipped) == {"/conv1/Conv", "/conv2/Conv", "/dense1/Gemm"}
+    assert all("--memory" in reason for reason in skipped.values())
+    assert {parameter.name for item in found.found for parameter in item.make()} == {"dense2.weight", "dense2.bias"}
+
+
+def test_where_no_layer_fits_the_first_reason_is_given():
+    case = sample_case.__wrapped__()
+    case.experiment.memory = 1 << 10
+    with pytest.raises(ModelError, match=r"no layer could be cut open for a repair; /conv1/Conv: .*--memory"):
+        directions.propose(case)
+
+
+def test_directions_are_for_evidence_that_can_be_transplanted():
+    assert directions.applies(sample_case())
+    assert not directions.applies(SimpleNamespace(properties=[]))
+    other = SimpleNamespace(transplantable=False)
+    assert not directions.applies(SimpleNamespace(properties=[other]))
+    assert directions.applies(SimpleNamespace(properties=[other, *sample_case().properties]))
+
+
+@pytest.mark.parametrize("rank", [1, 2, 4, 6])
+def test_the_search_starts_at_the_closed_form_whatever_its_rank(rank):
+    rng = np.random.default_rng(rank)
+    change = rng.normal(size=(2, 9, rank)) @ rng.normal(size=(2, rank, 8))
+    others = [3 * rng.normal(size=change.shape), 0.1 * rng.normal(size=change.shape)]
+    basis, start = directions._basis(change, [change, *others])
+    np.testing.assert_allclose(sum(c * b for c, b in zip(start, basis, strict=True)), change, atol=1e-10)
+    assert len(basis) == min(rank, 4) + (rank > 4) + 2
+    assert all(np.linalg.norm(direction) > 1e-6 * np.linalg.norm(change) for direction in basis)

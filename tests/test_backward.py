@@ -1,0 +1,252 @@
+"""Gradients at every layer and of the inputs, against finite differences; and what is said where there are none."""
+
+from __future__ import annotations
+
+import functools
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from cases import BLEND, SQUARE
+from graph.models import SUBJECTS, build, random, residual, save
+from kinds import CENSUS, model, opened, people, thinned
+
+from onnxcare.backward import Backward, input_gradients
+from onnxcare.case import Case
+from onnxcare.decision import Decision
+from onnxcare.errors import ModelError
+from onnxcare.experiment import Activations, Experiment
+from onnxcare.graph.gradients import NoGradient
+
+Array = np.ndarray
+# Differences in float32, over kinks of ReLU and pooling: this part of the slope may be lost.
+TOLERANCE = 0.03
+
+
+@functools.cache
+def sample(folder: Path) -> Case:
+    with tempfile.TemporaryDirectory() as place:
+        return opened(thinned(folder, Path(place), data=400, holdout=100))
+
+
+def check_slopes(cost: Callable[[Array], float], at: Array, slope: Array, scale: Array | float = 1.0) -> None:
+    """Check a gradient along itself, and with random weights for the samples, for the units and for all numbers."""
+    assert slope.shape == at.shape
+    rng = np.random.default_rng(5)
+    parts = [(1,), (len(at), *[1] * (at.ndim - 1)), (1, at.shape[1], *[1] * (at.ndim - 2)), at.shape]
+    for part in parts:
+        way = rng.uniform(size=part) * slope * np.square(scale)
+        assert way.any()
+        # No number moves by more than a thousandth of what is usual.
+        step = 1e-3 * np.sqrt(np.mean((at / scale) ** 2)) / np.abs(way / scale).max()
+        up, down = ((at + sign * step * way).astype(at.dtype) for sign in (1, -1))
+        found = (cost(up) - cost(down)) / (2 * step)
+        assert found == pytest.approx(float((slope * way).sum()), rel=TOLERANCE)
+
+
+def untied(values: Array, share: float = 0.05) -> Array:
+    """Return values among which no two are equal: where the largest of several is taken twice, there is no slope."""
+    noise = np.random.default_rng(7).normal(size=values.shape)
+    return (values + share * values.std() * noise).astype(values.dtype)
+
+
+LAYERS = [(SQUARE, 4), (BLEND, 4), (CENSUS, 4)]
+
+
+@pytest.mark.parametrize(
+    ("folder", "index"),
+    [pytest.param(folder, index, id=f"{folder.name}-{index}") for folder, count in LAYERS for index in range(count)],
+)
+def test_gradients_of_the_cost_at_every_layer(folder, index):
+    case = sample(folder)
+    assert len(case.experiment.layers) == 4
+    panel = case.panel("repair", 60)
+    backward = Backward(case.experiment, case.experiment.layers[index].output)
+    plain = backward.cache(panel.inputs)
+    np.testing.assert_allclose(backward.scores(plain), case.experiment.scores(panel.inputs), rtol=1e-4, atol=1e-4)
+    at = Activations(untied(plain.base), plain.boundary)
+    scores, slope = backward.slope(at, panel.gradient)
+    np.testing.assert_allclose(scores, backward.scores(at), atol=1e-5)
+
+    def cost(base: Array) -> float:
+        return float(panel.costs(backward.scores(Activations(base, at.boundary))[None])[0])
+
+    check_slopes(cost, at.base, slope)
+
+
+def weighted(experiment: Experiment, seed: int = 3) -> tuple[Callable[[Array], float], Callable]:
+    """Return a sum over scores with fixed random weights, as a function of scores, and its gradient."""
+
+    def of(scores: Array) -> Array:
+        return np.random.default_rng(seed).normal(size=scores.shape)
+
+    return lambda scores: float((scores.astype(np.float64) * of(scores)).sum()), of
+
+
+def behind(backward: Backward, at: Activations, total: Callable[[Array], float]) -> Callable[[Array], float]:
+    """Return the sum as a function of the activations at a cut."""
+    return lambda base: total(backward.scores(Activations(base, at.boundary)))
+
+
+@pytest.mark.parametrize("name", SUBJECTS)
+def test_gradients_of_many_kinds_of_graphs(tmp_path, name):
+    subject = SUBJECTS[name]()
+    inputs = subject.samples(12)
+    decision = Decision("argmin") if name == "acas" else Decision()
+    experiment = Experiment(save(subject.proto, tmp_path), "cpu", 1 << 28, inputs, decision=decision)
+    total, of = weighted(experiment)
+    for layer in experiment.layers:
+        backward = Backward(experiment, layer.output)
+        at = backward.cache(inputs)
+        _, slope = backward.slope(at, of)
+        check_slopes(behind(backward, at, total), at.base, slope)
+
+
+def test_what_crosses_the_cut_stays_as_it_is(tmp_path):
+    subject = residual()
+    experiment = Experiment(save(subject.proto, tmp_path), "cpu", 1 << 28, subject.samples(6))
+    backward = Backward(experiment, "c1")
+    assert backward.boundary == ("h",)
+    at = backward.cache(subject.samples(6))
+    np.testing.assert_array_equal(at.boundary["h"], experiment.tensors(["h"], subject.samples(6))[0])
+    assert len(at.take(slice(0, 2))) == 2
+    np.testing.assert_allclose(backward.scores(at), experiment.scores(subject.samples(6)), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("decision", [Decision("threshold", 0.3), Decision("threshold", 0.9)])
+@pytest.mark.parametrize("final", ["Sigmoid", "", "Tanh"])
+def test_gradients_through_a_threshold(tmp_path, decision, final):
+    experiment = Experiment(save(model(final=final), tmp_path), "cpu", 1 << 28, people(50, 1).inputs, decision=decision)
+    assert experiment.decision.final == ("Sigmoid" if final == "Sigmoid" else "")
+    total, of = weighted(experiment)
+    for layer in experiment.layers:
+        backward = Backward(experiment, layer.output)
+        at = backward.cache(people(20, 2).inputs)
+        scores, slope = backward.slope(at, of)
+        assert scores.shape == (20, 2)
+        check_slopes(behind(backward, at, total), at.base, slope)
+
+
+def test_the_logits_themselves_need_no_derivative(tmp_path):
+    experiment = Experiment(save(model(2, ""), tmp_path), "cpu", 1 << 28, people(50, 1).inputs)
+    backward = Backward(experiment, experiment.logits)
+    at = backward.cache(people(9, 2).inputs)
+    seed = np.random.default_rng(1).normal(size=(9, 2))
+    scores, slope = backward.slope(at, lambda scores: seed)
+    np.testing.assert_array_equal(scores, at.base)
+    np.testing.assert_allclose(slope, seed, rtol=1e-6)
+
+
+def test_gradients_are_those_of_the_candidate_on_the_table(tmp_path):
+    experiment = Experiment(save(model(2, ""), tmp_path), "cpu", 1 << 28, people(50, 1).inputs)
+    first, second = experiment.layers
+    candidate = experiment.patched({second.weight: 3 * experiment.read(second.weight)})
+    x, seed = people(9, 2).inputs, np.ones((9, 2)) * [1, -1]
+    slopes = []
+    for held in (experiment, candidate):
+        backward = Backward(held, first.output)
+        slopes.append(backward.slope(backward.cache(x), lambda scores: seed)[1])
+    assert np.abs(slopes[0]).max() > 0.1
+    np.testing.assert_allclose(slopes[1], 3 * slopes[0], rtol=1e-5)
+
+
+@pytest.mark.parametrize("folder", [SQUARE, BLEND, CENSUS], ids=lambda path: path.name)
+def test_gradients_of_the_inputs(folder):
+    case = sample(folder)
+    (name,) = case.experiment.probe
+    x = case.splits.repair.inputs[name][:40]
+    # Columns of the census run from 0 to 1 and from 0 to 99,999: each is changed in its own measure.
+    scale = np.maximum(case.splits.repair.inputs[name].std(axis=0, keepdims=True), 1e-2) if folder == CENSUS else 1.0
+    x = (x + 0.05 * scale * np.random.default_rng(7).normal(size=x.shape)).astype(np.float32)
+    gradients = input_gradients(case.experiment)
+    total, of = weighted(case.experiment)
+
+    def logits(values: Array) -> Array:
+        return case.experiment.tensors([case.experiment.logits], {name: values})[0]
+
+    def cost(values: Array) -> float:
+        return total(logits(values))
+
+    y, slopes = gradients({name: x}, of(logits(x)))
+    np.testing.assert_allclose(y, logits(x), rtol=1e-4, atol=1e-4)
+    check_slopes(cost, x, slopes[name], scale)
+
+
+def test_every_floating_point_input_has_a_gradient(tmp_path):
+    proto = build(
+        """two (float[N, 3] a, int64[N, 2] k, double[N, 2] b) => (float[N, 2] y) {
+            [cast] f = Cast <to = 1> (b)
+            [whole] w = Cast <to = 1> (k)
+            [both] c = Concat <axis = 1> (a, f, w)
+            [fc] y = MatMul (c, W)
+        }""",
+        {"W": random(7, 2)},
+    )
+    rng = np.random.default_rng(1)
+    inputs = {
+        "a": rng.normal(size=(8, 3)).astype(np.float32),
+        "k": rng.integers(0, 3, (8, 2)),
+        "b": rng.normal(size=(8, 2)),
+    }
+    experiment = Experiment(save(proto, tmp_path), "cpu", 1 << 28, inputs)
+    seed = rng.normal(size=(8, 2)).astype(np.float32)
+    _, slopes = input_gradients(experiment)(inputs, seed)
+    expected = seed @ random(7, 2).T
+    assert set(slopes) == {"a", "b"}
+    np.testing.assert_allclose(slopes["a"], expected[:, :3], rtol=1e-5)
+    np.testing.assert_allclose(slopes["b"], expected[:, 3:5], rtol=1e-5)
+
+
+# -- where there are none ------------------------------------------------------------------------
+
+
+def signed() -> Experiment:
+    """A net whose first half ends in signs."""
+    proto = build(
+        """signed (float[N, 4] x) => (float[N, 3] y) {
+            [first] z1 = Gemm (x, W1, b1)
+            [sign] s = Sign (z1)
+            [second] z2 = Gemm (s, W2, b2)
+            [relu] h = Relu (z2)
+            [third] y = Gemm (h, W3, b3)
+        }""",
+        {"W1": random(4, 6), "b1": random(6), "W2": random(6, 5), "b2": random(5), "W3": random(5, 3), "b3": random(3)},
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        return Experiment(save(proto, Path(folder)), "cpu", 1 << 28, {"x": random(9, 4)})
+
+
+def test_an_operator_without_a_derivative_is_named():
+    experiment = signed()
+    first, second, third = experiment.layers
+    with pytest.raises(NoGradient, match="Sign 'sign' has no derivative"):
+        Backward(experiment, first.output)
+    with pytest.raises(NoGradient, match="Sign 'sign' has no derivative"):
+        input_gradients(experiment)
+    total, of = weighted(experiment)
+    for layer in (second, third):
+        backward = Backward(experiment, layer.output)
+        at = backward.cache({"x": random(9, 4)})
+        _, slope = backward.slope(at, of)
+        check_slopes(behind(backward, at, total), at.base, slope)
+
+
+def test_whole_numbers_have_no_gradient(tmp_path):
+    proto = build(
+        "whole (int64[N, 2] k) => (float[N, 2] y) { f = Cast <to = 1> (k) y = MatMul (f, W) }", {"W": random(2, 2)}
+    )
+    experiment = Experiment(save(proto, tmp_path), "cpu", 1 << 28, {"k": np.ones((4, 2), np.int64)})
+    with pytest.raises(NoGradient, match="no floating-point input"):
+        input_gradients(experiment)
+
+
+def test_a_tensor_that_does_not_matter_is_refused(tmp_path):
+    proto = build(
+        "side (float[N, 2] x) => (float[N, 2] y, float[N, 2] other) { y = MatMul (x, W) other = MatMul (x, V) }",
+        {"W": random(2, 2), "V": random(2, 2, seed=1)},
+    )
+    experiment = Experiment(save(proto, tmp_path), "cpu", 1 << 28, {"x": random(4, 2)})
+    with pytest.raises((ModelError, NoGradient), match="other"):
+        Backward(experiment, "other")
