@@ -319,6 +319,8 @@ def load_spec(path: str | Path) -> Spec:
         SpecError: the file is missing or malformed; the message names the file and the key.
     """
     path = Path(path)
+    if path.exists() and not path.is_file() and not path.is_dir():
+        raise SpecError(f"{path}: is a pipe or a device; a spec is read more than once, so put it into a file")
     try:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:

@@ -198,8 +198,8 @@ is wrong in slivers of the input space.
 
 ## Training
 
-{training} states drawn evenly, {epochs} epochs of Adam on the squared error, batch {batch}. Seed {seed} for weights, batches
-and states.
+{training} states drawn evenly, {epochs} epochs of Adam on the squared error, batch {batch}. Seed {seed} for
+weights, batches and states.
 
 Made with {versions}, by
 

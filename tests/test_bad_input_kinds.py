@@ -1097,6 +1097,14 @@ def test_files_in_the_wrong_places(case: Paths, form: str) -> None:
     check_refusal(onnxcare("check", case.model, "--spec", absent, *last), 2, absent, "no such file")
 
 
+def test_a_spec_out_of_a_pipe(case: Paths) -> None:
+    """As of a shell's <(...): it would be empty when it is read again."""
+    os.mkfifo(case.folder / "pipe")
+    for command in ("check", "locate"):
+        result = onnxcare(command, case.model, "--spec", case.folder / "pipe", "--device", "cpu")
+        check_refusal(result, 2, case.folder / "pipe", "pipe or a device", "file")
+
+
 def test_nothing_to_locate(case: Paths) -> None:
     to_check(case, FAR)
     located = onnxcare("locate", case.model, "--spec", case.spec, "--device", "cpu")

@@ -137,7 +137,7 @@ def test_the_report_of_the_action_ends_like_its_format(place, cases, form, endin
     assert done.code == 0, done.log
     assert done.outputs["report"] == f"onnxcare-report.{ending}"
     assert done.report.is_file()
-    assert ("excess attack success" in done.log) == (form == "text")
+    assert "excess attack success" in done.log
     assert form in cli.FORMATS
 
 
