@@ -85,6 +85,8 @@ def prepare(
     except SpecError as error:
         raise SpecError(f"{spec}: {error}") from None
     if data.labels is None:
+        if wanted.keep.accuracy is not None or wanted.keep.recall is not None:
+            raise SpecError(f"{spec}: keep: least accuracy and recall need labels, and the data has none")
         splits = _as_the_original_answers(splits, experiment, properties)
         notes.append("The data has no labels: what the model answers where the properties hold is the reference.")
         _need_samples(wanted, splits, "; samples on which a property does not hold are no reference")

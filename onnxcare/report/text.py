@@ -85,6 +85,8 @@ def _show_verdict(verdict: Verdict, console: Console, compared: str | None = "be
         for item in finding.measures:
             if item.status == "undecided":
                 more = f"; {item.needed:,} samples like these would decide" if item.needed else ""
+                if item.limit == 0:
+                    more = "; no number of samples shows a rate of zero, so give a limit above it"
                 console.print(f"undecided: {escape(finding.name)}: {escape(item.name)}: too few samples{more}")
 
 
@@ -224,7 +226,7 @@ def _limit(item: Measure) -> str:
 
 
 def _points(share: float) -> str:
-    return f"{100 * share + 0.0:.2f}"
+    return f"{round(100 * share, 2) + 0.0:.2f}"
 
 
 _MARKS = {
