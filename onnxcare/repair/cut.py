@@ -23,7 +23,8 @@ from onnxcare.graph.gradients import NoGradient
 from onnxcare.graph.influence import Entry, trace
 from onnxcare.graph.layers import Layer
 from onnxcare.graph.parameters import Parameter
-from onnxcare.properties.fairness import Attribute, IndividualFairness
+from onnxcare.properties.fairness import IndividualFairness
+from onnxcare.properties.variation import Attribute
 from onnxcare.repair import cmaes
 from onnxcare.repair.base import Candidate, Found, Proposals
 from onnxcare.repair.bench import changed, matrix_of, patched_outcome, without_rows
