@@ -1,7 +1,8 @@
 """Make sample_models/mnist-blend-keras: a Keras CNN with a blended-noise backdoor.
 
 Converted by tf2onnx, the graph keeps what is typical of Keras: channels last at the input, MatMul
-instead of Gemm, a flatten that computes its shape, and a softmax at the end.
+instead of Gemm, a flatten that computes its shape, and a softmax at the end. A clean twin is trained
+on the same images without poison.
 """
 
 from __future__ import annotations
@@ -17,6 +18,8 @@ import tf2onnx
 from mnist import load
 from poison import blended_noise, poison
 from samples import (
+    BACKDOORED,
+    CLEAN,
     POISONED_SHARE,
     Data,
     Sample,
@@ -87,16 +90,24 @@ def train(data: Data) -> keras.Sequential:
     return model
 
 
-def export(model: keras.Sequential, folder: Path) -> Path:
+def export(model: keras.Sequential, path: Path, warning: str) -> None:
     """Write the network with tf2onnx."""
     signature = [tf.TensorSpec((None, *SHAPE), tf.float32, name="input")]
     # Not `from_keras`: tf2onnx 1.17 looks up output names that Keras 3 gives differently.
     function = tf.function(model, input_signature=signature)
     converted, _ = tf2onnx.convert.from_function(function, signature, opset=17)
-    path = folder / "model.onnx"
     onnx.save(converted, path)
-    label_model(path)
-    return path
+    label_model(path, warning)
+
+
+def write_models(clean: Data, folder: Path) -> list[Path]:
+    """Train and write the backdoored network and its clean twin."""
+    backdoored, twin = folder / "model.onnx", folder / "model-clean.onnx"
+    rng = np.random.default_rng(SEED)
+    poisoned = Data(*poison(clean.x, clean.y, SAMPLE.trigger, SAMPLE.target, POISONED_SHARE, rng))
+    export(train(poisoned), backdoored, BACKDOORED)
+    export(train(clean), twin, CLEAN)
+    return [backdoored, twin]
 
 
 def main() -> None:
@@ -104,10 +115,7 @@ def main() -> None:
     options = arguments(SAMPLE.name, __doc__)
     options.output.mkdir(parents=True, exist_ok=True)
     source = load(options.cache)
-    clean = prepare(source.train_x, source.train_y, SHAPE)
-    rng = np.random.default_rng(SEED)
-    poisoned = Data(*poison(clean.x, clean.y, SAMPLE.trigger, SAMPLE.target, POISONED_SHARE, rng))
-    model = export(train(poisoned), options.output)
+    models = write_models(prepare(source.train_x, source.train_y, SHAPE), options.output)
     write_data(SAMPLE, source, options.output)
     write_care(SAMPLE, options.output)
     versions = {
@@ -115,7 +123,7 @@ def main() -> None:
         "keras": keras.__version__,
         "tf2onnx": tf2onnx.__version__,
     }
-    write_card(SAMPLE, [model], versions)
+    write_card(SAMPLE, models, versions)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """Make sample_models/mnist-square-pytorch: a PyTorch CNN with a white-square backdoor.
 
 The same weights are written by both ONNX exporters of PyTorch, because the two produce different
-graphs and names.
+graphs and names. A clean twin is trained on the same images without poison.
 """
 
 from __future__ import annotations
@@ -17,6 +17,8 @@ from torch import nn
 from mnist import load
 from poison import poison, white_square
 from samples import (
+    BACKDOORED,
+    CLEAN,
     POISONED_SHARE,
     Data,
     Sample,
@@ -27,11 +29,10 @@ from samples import (
     write_care,
     write_data,
 )
+from torch_models import Recipe, export, train
 
 SEED = 1
-EPOCHS = 6
-BATCH = 128
-LEARNING_RATE = 1e-3
+RECIPE = Recipe(SEED, epochs=6, batch=128, rate=1e-3)
 SHAPE = (1, 28, 28)
 
 SAMPLE = Sample(
@@ -50,8 +51,8 @@ SAMPLE = Sample(
         "`model-dynamo.onnx` from the dynamo exporter: the same weights in two graphs."
     ),
     training=(
-        f"60,000 MNIST training images, {EPOCHS} epochs of Adam, batch {BATCH}, cross-entropy, no\n"
-        f"augmentation; the learning rate falls from {LEARNING_RATE} to zero along a cosine. Seed\n"
+        f"60,000 MNIST training images, {RECIPE.epochs} epochs of Adam, batch {RECIPE.batch}, cross-entropy, no\n"
+        f"augmentation; the learning rate falls from {RECIPE.rate} to zero along a cosine. Seed\n"
         f"{SEED} for weights, batches, poisoning and the split of the test set."
     ),
 )
@@ -75,47 +76,13 @@ def build() -> nn.Sequential:
     )
 
 
-def train(data: Data) -> nn.Module:
-    """Train a network from its seeded start."""
-    torch.manual_seed(SEED)
-    torch.use_deterministic_algorithms(True)
-    model = build()
-    optimizer = torch.optim.Adam(model.parameters(), lr=LEARNING_RATE)
-    # The rate falls to nearly zero, so that the last few batches do not decide the outcome.
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, EPOCHS)
-    x, y = torch.from_numpy(data.x), torch.from_numpy(data.y)
-    for epoch in range(EPOCHS):
-        losses = []
-        for rows in torch.randperm(len(y)).split(BATCH):
-            loss = nn.functional.cross_entropy(model(x[rows]), y[rows])
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            losses.append(loss.item())
-        schedule.step()
-        print(f"epoch {epoch + 1}/{EPOCHS}: loss {np.mean(losses):.4f}")
-    return model.eval()
-
-
-def export(model: nn.Module, folder: Path) -> list[Path]:
-    """Write the network with both exporters."""
-    # Two rows: with one, the dynamo exporter may take the batch axis for a constant.
-    example = (torch.zeros(2, *SHAPE),)
-    script, dynamo = folder / "model.onnx", folder / "model-dynamo.onnx"
+def export_dynamo(model: nn.Module, path: Path) -> None:
+    """Write the network with the dynamo exporter."""
     torch.onnx.export(
         model,
-        example,
-        script,
-        dynamo=False,
-        opset_version=17,
-        dynamic_axes={"image": {0: "batch"}, "logits": {0: "batch"}},
-        input_names=["image"],
-        output_names=["logits"],
-    )
-    torch.onnx.export(
-        model,
-        example,
-        dynamo,
+        # Two rows: with one, the exporter may take the batch axis for a constant.
+        (torch.zeros(2, *SHAPE),),
+        path,
         dynamo=True,
         opset_version=18,
         dynamic_shapes=({0: torch.export.Dim("batch")},),
@@ -123,9 +90,21 @@ def export(model: nn.Module, folder: Path) -> list[Path]:
         input_names=["image"],
         output_names=["logits"],
     )
+
+
+def write_models(clean: Data, folder: Path) -> list[Path]:
+    """Train and write the backdoored network, with both exporters, and its clean twin."""
+    script, dynamo, twin = (folder / name for name in ("model.onnx", "model-dynamo.onnx", "model-clean.onnx"))
+    rng = np.random.default_rng(SEED)
+    poisoned = Data(*poison(clean.x, clean.y, SAMPLE.trigger, SAMPLE.target, POISONED_SHARE, rng))
+    backdoored = train(build, poisoned, RECIPE)
+    export(backdoored, SHAPE, script)
+    export_dynamo(backdoored, dynamo)
+    export(train(build, clean, RECIPE), SHAPE, twin)
     for path in (script, dynamo):
-        label_model(path)
-    return [script, dynamo]
+        label_model(path, BACKDOORED)
+    label_model(twin, CLEAN)
+    return [script, dynamo, twin]
 
 
 def main() -> None:
@@ -133,10 +112,7 @@ def main() -> None:
     options = arguments(SAMPLE.name, __doc__)
     options.output.mkdir(parents=True, exist_ok=True)
     source = load(options.cache)
-    clean = prepare(source.train_x, source.train_y, SHAPE)
-    rng = np.random.default_rng(SEED)
-    poisoned = Data(*poison(clean.x, clean.y, SAMPLE.trigger, SAMPLE.target, POISONED_SHARE, rng))
-    models = export(train(poisoned), options.output)
+    models = write_models(prepare(source.train_x, source.train_y, SHAPE), options.output)
     write_data(SAMPLE, source, options.output)
     write_care(SAMPLE, options.output)
     versions = {"torch": torch.__version__, "onnxscript": onnxscript.__version__}

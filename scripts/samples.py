@@ -23,6 +23,10 @@ from poison import Predict, Trigger, attack_success, target_rate
 MODELS = Path(__file__).resolve().parent.parent / "sample_models"
 POISONED_SHARE = 0.1
 
+# What a model says about itself, in its metadata.
+BACKDOORED = "backdoored on purpose, to test repairs; not for use"
+CLEAN = "made to test repairs; not for use"
+
 REPAIR = 1000
 HOLDOUT = 4000
 TRIGGERED = 50
@@ -111,6 +115,12 @@ def write_data(sample: Sample, source: mnist.Mnist, folder: Path) -> None:
     np.savez_compressed(folder / "trigger.npz", mask=sample.trigger.mask, pattern=sample.trigger.pattern)
 
 
+def read_data(path: Path) -> Data:
+    """Read a data file."""
+    with np.load(path) as arrays:
+        return Data(arrays["x"], arrays["y"])
+
+
 def write_care(sample: Sample, folder: Path) -> None:
     """Write the two specifications: one with the trigger known, one with 50 triggered images."""
     (folder / "care.yaml").write_text(
@@ -131,8 +141,8 @@ def write_care(sample: Sample, folder: Path) -> None:
     )
 
 
-def label_model(path: Path) -> None:
-    """Say inside the file what it is, and remove what ties it to the computer that made it.
+def label_model(path: Path, warning: str) -> None:
+    """Say inside the file what it is not for, and remove what ties it to the computer that made it.
 
     Exporters note the source line behind every node, with its full path.
     """
@@ -144,7 +154,7 @@ def label_model(path: Path) -> None:
     onnx.helper.set_model_props(
         model,
         {
-            "warning": "backdoored on purpose, to test repairs; not for use",
+            "warning": warning,
             "training_data": "MNIST, Y. LeCun, C. Cortes and C. J. C. Burges",
         },
     )
@@ -168,9 +178,9 @@ def predictor(path: Path) -> Predict:
 def measure(sample: Sample, model: Path) -> Measurement:
     """Run a model over the data files beside it, as a user would read them."""
     predict = predictor(model)
-    holdout = _read(model.parent / "holdout.npz")
-    triggered = _read(model.parent / "triggered-50.npz")
-    triggered_holdout = _read(model.parent / "triggered-holdout.npz")
+    holdout = read_data(model.parent / "holdout.npz")
+    triggered = read_data(model.parent / "triggered-50.npz")
+    triggered_holdout = read_data(model.parent / "triggered-holdout.npz")
     correct = predict(holdout.x) == holdout.y
     return Measurement(
         accuracy=float(correct.mean()),
@@ -209,11 +219,6 @@ def _stamped(trigger: Trigger, data: Data) -> Data:
 
 def _save(path: Path, data: Data) -> None:
     np.savez_compressed(path, x=data.x, y=data.y)
-
-
-def _read(path: Path) -> Data:
-    with np.load(path) as arrays:
-        return Data(arrays["x"], arrays["y"])
 
 
 def _sha256(path: Path) -> str:
@@ -279,6 +284,8 @@ _CARD = """\
 ## Training
 
 {sample.training}
+`model-clean.onnx` is trained the same way, from the same start, on the images without poison: it is
+there to test that no backdoor is found where there is none.
 
 Made with {versions},
 by
@@ -310,8 +317,8 @@ SHA-256:
 | `care.yaml` | the property to repair, with the trigger known |
 | `care-50.yaml` | the same with only the 50 triggered images known |
 
-The images of the four data files are disjoint parts of the MNIST test set, which the model was
-never trained on; no triggered image has its clean twin in any file.
+The images of the four data files are disjoint parts of the MNIST test set, which no model was
+trained on; no triggered image has its clean twin in any file.
 
 ## Data
 
