@@ -28,7 +28,7 @@ from onnxcare.properties.variation import Attribute
 from onnxcare.repair import cmaes
 from onnxcare.repair.base import Candidate, Found, Proposals
 from onnxcare.repair.bench import changed, matrix_of, patched_outcome, without_rows
-from onnxcare.repair.finetune import tune
+from onnxcare.repair.finetune import Tuner
 
 Array = np.ndarray
 
@@ -163,7 +163,7 @@ def _tuned(case: Case, cuts: Sequence[_Cut], shares: Array) -> list[Found]:
     for layer in {cut.layer.name: cut.layer for cut in cuts}.values():
         gone = np.concatenate([cut.columns for cut in cuts if cut.layer.name == layer.name])
         try:
-            tuned = tune(patched, layer, _TUNED_RATE, _TUNED_STEPS, hold=without_rows(gone))
+            tuned = Tuner(patched, layer).tune(_TUNED_RATE, _TUNED_STEPS, hold=without_rows(gone))
         except (NoGradient, ModelError):
             continue
         if not tuned.steps:

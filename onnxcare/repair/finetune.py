@@ -11,7 +11,7 @@ get many.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -19,11 +19,12 @@ import numpy as np
 
 from onnxcare.backward import Backward
 from onnxcare.case import Case
+from onnxcare.data import PartName
 from onnxcare.errors import ModelError
 from onnxcare.experiment import Activations
 from onnxcare.graph.gradients import NoGradient
 from onnxcare.graph.layers import Layer
-from onnxcare.panel import Panel
+from onnxcare.panel import Outcome, Panel
 from onnxcare.repair.base import Candidate, Found, Proposals
 from onnxcare.repair.bench import changed, matrix_of, protected_rows, without_rows
 
@@ -115,7 +116,8 @@ def propose(case: Case) -> Proposals:
     for index, layer in enumerate(layers):
         case.progress(f"trying gradients at {layer.name} ({index + 1} of {len(layers)})")
         try:
-            scan.append(tune(case, layer, _RATES[-1], _SCAN_STEPS, _SCAN_SAMPLES, holds.get(layer.name)))
+            tuner = Tuner(case, layer)
+            scan.append(tuner.tune(_RATES[-1], _SCAN_STEPS, _SCAN_SAMPLES, holds.get(layer.name)))
         except (NoGradient, ModelError) as error:
             skipped[layer.name] = str(error)
     if not scan:
@@ -123,70 +125,93 @@ def propose(case: Case) -> Proposals:
         raise ModelError(f"{case.experiment.model.path}: no layer can be fine-tuned; {name}: {why}")
     scan.sort(key=lambda item: item.rank)
     found = []
-    validation = case.panel("validation")
     for item in scan[:_TUNED_LAYERS]:
+        tuner = Tuner(case, item.layer)
         for rate in _RATES:
             case.progress(f"fine-tuning {item.layer.name}")
-            tuned = tune(case, item.layer, rate, _STEPS, hold=holds.get(item.layer.name))
-            table = _Table(case, item.layer, Backward(case.experiment, item.layer.output), validation)
-            for share in _SHARES:
-                change = share * tuned.change
-                outcome = validation.outcomes(table.scores(change)[None])[0]
+            tuned = tuner.tune(rate, _STEPS, hold=holds.get(item.layer.name))
+            changes = [share * tuned.change for share in _SHARES]
+            for share, change, outcome in zip(_SHARES, changes, tuner.outcomes("validation", changes), strict=True):
                 label = f"{item.layer.name}: {share:.0%} of {tuned.steps} steps of {rate:g}"
                 found.append(Found(Candidate(label, outcome), partial(changed, case, item.layer, change)))
     details = {"scan": [{"layer": item.layer.name, "cost": item.rank[1]} for item in scan], "skipped": skipped}
     return Proposals(found, details)
 
 
-def tune(
-    case: Case,
-    layer: Layer,
-    rate: float,
-    steps: int,
-    limit: int | None = None,
-    hold: Callable[[Array], Array] | None = None,
-) -> Tuned:
-    """Follow the gradient of the repair part's cost, and return the step of lowest cost on the search part.
+class Tuner:
+    """Gradient steps on one layer's weights; the derivative is written once, however often it is followed.
 
-    Args:
-        case: the model and the evidence.
-        layer: the layer to change.
-        rate: step size, in terms of the root mean square of the layer's weights.
-        steps: at most so many.
-        limit: at most so many clean and bad samples.
-        hold: maps a gradient to the part of it that may be followed; None for all of it.
-
-    Raises:
-        NoGradient: an operator behind the layer has no derivative.
-        ModelError: the layer's inputs do not fit into the memory.
+    Attributes:
+        layer: the layer.
     """
-    backward = Backward(case.experiment, layer.output)
-    fit = _Table(case, layer, backward, case.panel("repair", limit))
-    unseen = _Table(case, layer, backward, case.panel("search", limit))
-    weights = matrix_of(case, layer)
-    width = rate * float(np.sqrt(np.mean(weights**2)))
-    change = np.zeros_like(weights)
-    first, second = np.zeros_like(weights), np.zeros_like(weights)
-    batches = fit.batches()
-    best = Tuned(layer, change, _rank(unseen, change), 0)
-    stale = 0
-    for step in range(1, steps + 1):
-        slope = fit.batch(step, batches).slope(change)
-        if hold is not None:
-            slope = hold(slope)
-        first = _BETAS[0] * first + (1 - _BETAS[0]) * slope
-        second = _BETAS[1] * second + (1 - _BETAS[1]) * slope**2
-        unbiased = first / (1 - _BETAS[0] ** step)
-        scale = np.sqrt(second / (1 - _BETAS[1] ** step))
-        change = change - width * unbiased / (scale + _EPSILON)
-        if step % _EVERY == 0:
-            rank = _rank(unseen, change)
-            stale = 0 if rank < best.rank else stale + 1
-            if rank < best.rank:
-                best = Tuned(layer, change, rank, step)
-            if stale >= _PATIENCE:
-                break
-    return best
+
+    def __init__(self, case: Case, layer: Layer) -> None:
+        """Write the derivative of the part behind the layer.
+
+        Raises:
+            NoGradient: an operator behind the layer has no derivative.
+        """
+        self.layer = layer
+        self._case = case
+        self._backward = Backward(case.experiment, layer.output)
+        self._tables: dict[tuple[PartName, int | None], _Table] = {}
+
+    def tune(
+        self,
+        rate: float,
+        steps: int,
+        limit: int | None = None,
+        hold: Callable[[Array], Array] | None = None,
+        start: Array | None = None,
+    ) -> Tuned:
+        """Follow the gradient of the repair part's cost, and return the step of lowest cost on the search part.
+
+        Args:
+            rate: step size, in terms of the root mean square of the layer's weights.
+            steps: at most so many.
+            limit: at most so many clean and bad samples.
+            hold: maps a gradient to the part of it that may be followed; None for all of it.
+            start: the change to begin with; it stays a candidate. None for no change.
+
+        Raises:
+            ModelError: the layer's inputs do not fit into the memory.
+        """
+        fit, unseen = self._table("repair", limit), self._table("search", limit)
+        weights = matrix_of(self._case, self.layer)
+        width = rate * float(np.sqrt(np.mean(weights**2)))
+        change = np.zeros_like(weights) if start is None else start
+        first, second = np.zeros_like(weights), np.zeros_like(weights)
+        batches = fit.batches()
+        best = Tuned(self.layer, change, _rank(unseen, change), 0)
+        stale = 0
+        for step in range(1, steps + 1):
+            slope = fit.batch(step, batches).slope(change)
+            if hold is not None:
+                slope = hold(slope)
+            first = _BETAS[0] * first + (1 - _BETAS[0]) * slope
+            second = _BETAS[1] * second + (1 - _BETAS[1]) * slope**2
+            unbiased = first / (1 - _BETAS[0] ** step)
+            scale = np.sqrt(second / (1 - _BETAS[1] ** step))
+            change = change - width * unbiased / (scale + _EPSILON)
+            if step % _EVERY == 0:
+                rank = _rank(unseen, change)
+                stale = 0 if rank < best.rank else stale + 1
+                if rank < best.rank:
+                    best = Tuned(self.layer, change, rank, step)
+                if stale >= _PATIENCE:
+                    break
+        return best
+
+    def outcomes(self, part: PartName, changes: Sequence[Array]) -> list[Outcome]:
+        """Return what changes do on a part."""
+        table = self._table(part, None)
+        return [table.panel.outcomes(table.scores(change)[None])[0] for change in changes]
+
+    def _table(self, part: PartName, limit: int | None) -> _Table:
+        key = (part, limit)
+        if key not in self._tables:
+            self._tables[key] = _Table(self._case, self.layer, self._backward, self._case.panel(part, limit))
+        return self._tables[key]
 
 
 def _rank(table: _Table, change: Array) -> tuple[float, float]:

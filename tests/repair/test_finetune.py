@@ -17,7 +17,7 @@ from onnxcare.errors import ModelError
 from onnxcare.graph.gradients import NoGradient
 from onnxcare.repair import finetune
 from onnxcare.repair.bench import changed, matrix_of, patched_outcome
-from onnxcare.repair.finetune import tune
+from onnxcare.repair.finetune import Tuner
 
 Array = np.ndarray
 WRONG = {"name": "wrong", "kind": "errors", "max_rate": 0.5}
@@ -96,7 +96,7 @@ def test_batches_add_up_to_the_whole(tmp_path):
 @pytest.mark.parametrize("index", [0, 1])
 def test_the_best_step_on_the_search_part_is_kept(case, index):
     layer = case.experiment.layers[index]
-    tuned = tune(case, layer, 0.03, 100)
+    tuned = Tuner(case, layer).tune(0.03, 100)
     panel = case.panel("search")
     outcome = patched_outcome(case, changed(case, layer, tuned.change), panel)
     before = panel.outcomes(case.experiment.scores(panel.inputs)[None])[0]
@@ -104,8 +104,8 @@ def test_the_best_step_on_the_search_part_is_kept(case, index):
     assert tuned.rank[1] == pytest.approx(outcome.cost, rel=1e-3)
     assert outcome.rank < before.rank
     # More steps cannot be worse: the best of them all is kept.
-    assert tune(case, layer, 0.03, 200).rank <= tuned.rank
-    again = tune(case, layer, 0.03, 100)
+    assert Tuner(case, layer).tune(0.03, 200).rank <= tuned.rank
+    again = Tuner(case, layer).tune(0.03, 100)
     np.testing.assert_array_equal(again.change, tuned.change)
 
 
@@ -117,7 +117,7 @@ def test_no_step_is_kept_where_none_is_better(tmp_path):
     whole = Dataset(right.inputs, labels)
     spec = {"decision": {"threshold": 0.5}, "properties": [WRONG]}
     case = opened(write(tmp_path, proto, spec, data=whole.take(slice(0, 300)), holdout=whole.take(slice(300, 400))))
-    tuned = tune(case, case.experiment.layers[1], 0.01, 40)
+    tuned = Tuner(case, case.experiment.layers[1]).tune(0.01, 40)
     assert tuned.steps == 0 and not tuned.change.any()
 
 
@@ -129,7 +129,7 @@ def test_what_is_held_does_not_move(case):
         slope[:, [2, 4]] = 0
         return slope
 
-    tuned = tune(case, layer, 0.03, 60, hold=hold)
+    tuned = Tuner(case, layer).tune(0.03, 60, hold=hold)
     assert tuned.steps > 0
     assert not tuned.change[:, [2, 4]].any()
     assert (tuned.change[:, [0, 1, 3, 5]] != 0).any(axis=2).all()
@@ -137,9 +137,9 @@ def test_what_is_held_does_not_move(case):
 
 def test_batches_find_a_repair_as_well(case, monkeypatch):
     layer = case.experiment.layers[1]
-    whole = tune(case, layer, 0.03, 100)
+    whole = Tuner(case, layer).tune(0.03, 100)
     monkeypatch.setattr(finetune, "_STEP_BYTES", 10_000)
-    parts = tune(case, layer, 0.03, 100)
+    parts = Tuner(case, layer).tune(0.03, 100)
     assert (parts.change != whole.change).any()
     before = case.panel("search").outcomes(case.experiment.scores(case.panel("search").inputs)[None])[0]
     assert parts.rank < before.rank
@@ -213,7 +213,7 @@ def test_layers_in_front_of_what_has_no_derivative_are_skipped(tmp_path):
     best = min(found.found, key=lambda item: item.candidate.outcome.rank)
     assert best.candidate.outcome.rank < case.before.rank
     with pytest.raises(NoGradient, match="Sign"):
-        tune(case, case.experiment.layers[0], 0.01, 10)
+        Tuner(case, case.experiment.layers[0]).tune(0.01, 10)
 
 
 def test_without_any_derivative_the_first_reason_is_given(tmp_path):
