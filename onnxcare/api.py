@@ -17,14 +17,27 @@ from onnxcare.errors import DataError, ModelError, UsageError
 from onnxcare.experiment import judged_output
 from onnxcare.findings import optimisation_findings, static_findings
 from onnxcare.graph.model import Model, check_same_signature, load_model
-from onnxcare.graph.patch import Patch, TensorChange, check_output, publish, staged, with_metadata
+from onnxcare.graph.patch import (
+    Patch,
+    TensorChange,
+    check_output,
+    publish,
+    staged,
+    with_metadata,
+    write_atomically,
+)
 from onnxcare.inspection import Inspection, inspect_model
 from onnxcare.judge import Court, Witness, judge
+from onnxcare.locators import chosen
+from onnxcare.locators.differential import vote_weights
+from onnxcare.locators.pairs import find_pairs
 from onnxcare.locators.select import attribute_sites, select_units
 from onnxcare.measures import CONFIDENCE, Gauge, Verdict
 from onnxcare.prepare import Setup, check_inputs, prepare
+from onnxcare.properties.suspicion import RestoredBackdoor
 from onnxcare.repair.base import Repair
-from onnxcare.results import Check, Fix, Location, SiteScore, Status, UnitScore
+from onnxcare.report.picture import picture
+from onnxcare.results import Check, Fix, LayerVotes, Location, SavedTrigger, SiteScore, Status, UnitScore
 from onnxcare.runtime import Session, few_blas_threads
 from onnxcare.spec import Spec, load_spec
 
@@ -72,12 +85,13 @@ def locate(
     memory: str | None = None,
     samples: int = 128,
     values: int = 8,
+    method: str = "auto",
     progress: Progress = _silent,
 ) -> Location:
-    """Rank hidden units by their causal effect on the misbehaviour.
+    """Rank hidden units by how much they carry the misbehaviour.
 
-    Two rankings compete, average causal effects and interchange effects; the units come in the one whose top units
-    did most when they were intervened on.
+    Rankings compete: average causal effects, interchange effects and differential votes; the units come in the one
+    whose top units did most when they were intervened on.
 
     Args:
         model: path of the ONNX file.
@@ -87,6 +101,8 @@ def locate(
         memory: bound on the memory of activations, such as `2GiB`; None means half of what is free.
         samples: at most so many clean and so many bad samples.
         values: how many evenly spaced values each unit is forced to.
+        method: `causal`, `interchange` or `differential`, which also votes for the single weights of every layer;
+            `auto` lets all of them compete.
         progress: told in a few words what is being done.
 
     Raises:
@@ -94,11 +110,12 @@ def locate(
     """
     if samples < 1 or values < 2:
         raise UsageError(f"samples {samples}, values {values}: at least 1 sample and 2 values are needed")
+    locators = chosen(method)
     setup = prepare(model, spec, seed, device, memory, progress)
     case = setup.case
     if not case.experiment.sites:
         raise ModelError(f"{model}: it has no hidden layer in front of a Gemm, MatMul or Conv")
-    attributions = attribute_sites(case, case.experiment.sites, samples, values)
+    attributions = attribute_sites(case, case.experiment.sites, samples, values, locators)
     selections = select_units(case, attributions)
     # One ranking for all sites, so that its scores can be compared: the one that served best at the best site.
     locator = selections[0].locator
@@ -126,7 +143,27 @@ def locate(
             )
             for item in selections
         ],
+        layers=_layer_votes(case, samples) if method == "differential" else [],
     )
+
+
+def _layer_votes(case: Case, samples: int) -> list[LayerVotes]:
+    """Return the votes for the weights of every layer that can be cut open, most answers brought back first."""
+    pairs = find_pairs(case, samples)
+    found = []
+    for layer in case.experiment.layers:
+        if layer.refusal is not None:
+            continue
+        case.progress(f"differences at {layer.name}")
+        try:
+            votes = vote_weights(case, layer, pairs)
+        except ModelError:
+            continue  # what can be cut open, `inspect` tells
+        voted = len(votes.ranking())
+        found.append(
+            LayerVotes(layer.name, votes.votes.size, voted, votes.pairs, votes.located, votes.share, votes.gradient)
+        )
+    return sorted(found, key=lambda item: -item.located)
 
 
 @few_blas_threads()
@@ -136,6 +173,7 @@ def fix(
     out: str | Path,
     *,
     method: str = "auto",
+    locator: str = "auto",
     seed: int | None = None,
     device: str = "auto",
     memory: str | None = None,
@@ -149,7 +187,8 @@ def fix(
         model: path of the ONNX file; it is not changed unless it is also `out` and `in_place` is set.
         spec: path of the care.yaml.
         out: where the repaired model goes.
-        method: `auto` or `care`.
+        method: `auto`, `care`, `ai-lancet-flip` or `ai-lancet-finetune`.
+        locator: what the method goes by: `causal`, `interchange` or `differential`; `auto` for its own.
         seed: takes the place of the spec's seed.
         device: `auto`, `cpu` or `cuda`.
         memory: bound on the memory of activations, such as `2GiB`; None means half of what is free.
@@ -163,9 +202,10 @@ def fix(
     started = time.monotonic()
     # Behind a link lies the file that is meant: replacing the link would leave it as it was.
     target = Path(out).resolve()
-    run_method = methods.find(method)
+    run_method = methods.find(method, locator)
     files = [Path(spec), *load_spec(spec).files()]
     check_output(Path(out), files, Path(model), in_place)
+    _check_triggers(target, files)
     setup = prepare(model, spec, seed, device, memory, progress)
     case, loaded = setup.case, setup.model
     original = _witness(case, loaded)
@@ -187,8 +227,9 @@ def fix(
         if verdict.passed or (best_effort and found.values):
             written = with_metadata(data, entries | {"verdict": status})
             publish(loaded, path, written, target)
+    triggers = _save_triggers(case, Path(out))
     changes = patch.summary(loaded)
-    return _result(setup, status, method, verdict, found, (Path(out), written), changes, started)
+    return _result(setup, status, method, verdict, found, (Path(out), written), changes, started, triggers)
 
 
 @few_blas_threads()
@@ -323,6 +364,30 @@ def _provenance(setup: Setup, found: Repair) -> dict[str, str]:
     }
 
 
+def _check_triggers(out: Path, files: Sequence[Path]) -> None:
+    """Make sure, before any work is done, that restored triggers will overwrite no input."""
+    for path in files:
+        if path.resolve().parent == out.parent and path.name.startswith(f"{out.stem}.trigger-"):
+            raise UsageError(f"{path}: restored triggers are saved under such names; name another file to write")
+
+
+def _save_triggers(case: Case, out: Path) -> list[SavedTrigger]:
+    """Save what was restored beside the output, whether or not the repair was good enough to be written."""
+    saved = []
+    for item in case.properties:
+        if not isinstance(item, RestoredBackdoor):
+            continue
+        for number, trigger in enumerate(item.suspect.triggers, start=1):
+            file = out.with_name(f"{out.stem}.trigger-{item.target}-{number}.npz")
+            write_atomically(file, trigger.to_bytes())
+            image = picture(trigger)
+            if image is not None:
+                write_atomically(file.with_suffix(".png"), image)
+            shown = None if image is None else str(file.with_suffix(".png"))
+            saved.append(SavedTrigger(item.name, item.target, trigger.source, str(file), shown))
+    return saved
+
+
 def _result(
     setup: Setup,
     status: Status,
@@ -332,6 +397,7 @@ def _result(
     written: tuple[Path, bytes | None] | None,
     changes: Sequence[TensorChange],
     started: float,
+    triggers: Sequence[SavedTrigger] = (),
 ) -> Fix:
     path, data = written if written is not None else (None, None)
     return Fix(
@@ -346,5 +412,6 @@ def _result(
         candidates=list(found.candidates) if found else [],
         details=found.details if found else {},
         notes=found.notes if found else (),
+        triggers=triggers,
         seconds=time.monotonic() - started,
     )

@@ -14,7 +14,7 @@ from onnxcare.decision import Decision
 from onnxcare.errors import DataError, ModelError, SpecError, UsageError
 from onnxcare.experiment import Experiment
 from onnxcare.graph.model import Model, Signature, load_model
-from onnxcare.properties import backdoor, errors, fairness, safety
+from onnxcare.properties import backdoor, errors, fairness, safety, suspicion
 from onnxcare.properties.base import Property
 from onnxcare.properties.counterexamples import Space
 from onnxcare.results import Run
@@ -81,7 +81,7 @@ def prepare(
         properties: list[Property] = []
         for item in wanted.properties:
             progress(f"gathering evidence for {item.name}")
-            properties += _property(item, wanted, splits, loaded, experiment, seed)
+            properties += _property(item, wanted, splits, loaded, experiment, seed, progress)
     except SpecError as error:
         raise SpecError(f"{spec}: {error}") from None
     if data.labels is None:
@@ -181,12 +181,21 @@ def _shape(model: Model, signature: Signature) -> tuple[int, ...]:
 
 
 def _property(
-    spec: PropertySpec, whole: Spec, splits: Splits, model: Model, experiment: Experiment, seed: int
+    spec: PropertySpec,
+    whole: Spec,
+    splits: Splits,
+    model: Model,
+    experiment: Experiment,
+    seed: int,
+    progress: Progress,
 ) -> list[Property]:
     classes = experiment.classes
     match spec:
         case BackdoorSpec():
             _need_labels(whole, splits.repair, spec.name)
+            backdoor.check(spec, model.inputs, classes)
+            if spec.trigger is None and spec.triggered is None:
+                return suspicion.prepare(spec, splits, experiment, _bounds(whole, splits, model), seed, progress)
             return [
                 backdoor.prepare(spec, splits, model.inputs, classes, experiment.scores, whole.labels, seed)
             ]  # fmt: skip
@@ -200,6 +209,19 @@ def _property(
         case ErrorsSpec():
             _need_labels(whole, splits.repair, spec.name)
             return [errors.prepare(spec, splits, model.inputs, classes, experiment.scores, whole.labels, seed)]
+
+
+def _bounds(spec: Spec, splits: Splits, model: Model) -> tuple[np.ndarray, np.ndarray] | None:
+    """Return the bounds of the spec in the shape of a sample, or None where it has none."""
+    if spec.bounds is None:
+        return None
+    (values,) = splits.repair.inputs.values()
+    shape = values.shape[1:]
+    if len(spec.bounds.low) != np.prod(shape, dtype=np.int64):
+        raise SpecError(
+            f"bounds: {len(spec.bounds.low)} values, but {model.path} takes {np.prod(shape, dtype=np.int64)}"
+        )
+    return np.array(spec.bounds.low).reshape(shape), np.array(spec.bounds.high).reshape(shape)
 
 
 def _need_labels(spec: Spec, data: Dataset, name: str, what_for: str = "") -> None:

@@ -75,6 +75,29 @@ class SiteScore:
 
 
 @dataclass(frozen=True)
+class LayerVotes:
+    """How far differential localisation got with the single weights of a layer.
+
+    Attributes:
+        layer: the layer.
+        weights: how many it has, without its bias.
+        voted: how many of them had to go for some pair.
+        pairs: how many pairs of a wrong and a right answer were looked at.
+        located: for how many of them taking weights out brought the right answer back.
+        median_share: median share of the weights that this took.
+        gradient: whether differences were weighted by a gradient; else by interventions.
+    """
+
+    layer: str
+    weights: int
+    voted: int
+    pairs: int
+    located: int
+    median_share: float
+    gradient: bool
+
+
+@dataclass(frozen=True)
 class Location:
     """Result of `locate`: every live unit, strongest first, and every site, most promising first.
 
@@ -83,12 +106,33 @@ class Location:
         method: what the units are ranked by.
         units: the live units.
         sites: the sites.
+        layers: votes for single weights, where differential localisation was asked for.
     """
 
     run: Run
     method: str
     units: Sequence[UnitScore]
     sites: Sequence[SiteScore]
+    layers: Sequence[LayerVotes]
+
+
+@dataclass(frozen=True)
+class SavedTrigger:
+    """A restored trigger, saved beside the output.
+
+    Attributes:
+        name: the property it was restored for.
+        target: the class it leads to.
+        source: how it was found.
+        file: the npz file with its mask and pattern.
+        picture: a PNG of both; None where the input is no image.
+    """
+
+    name: str
+    target: int
+    source: str
+    file: str
+    picture: str | None
 
 
 @dataclass(frozen=True)
@@ -107,6 +151,7 @@ class Fix:
         candidates: all that were compared on validation data.
         details: what else the method says about how it was found.
         notes: what the user should know about the repair, in whole sentences.
+        triggers: triggers that were restored because the spec knew none.
         seconds: wall-clock time.
     """
 
@@ -121,6 +166,7 @@ class Fix:
     candidates: Sequence[Candidate]
     details: Mapping[str, Any]
     notes: Sequence[str]
+    triggers: Sequence[SavedTrigger]
     seconds: float
 
     @property

@@ -126,9 +126,10 @@ class BackdoorSpec(_PropertySpec):
     Attributes:
         name: how reports call the property.
         trigger: npz with arrays `mask` and `pattern` in the model's input space.
-        triggered: npz with triggered samples, where the trigger itself is not known.
+        triggered: npz with triggered samples, where the trigger itself is not known. Where neither is given, the
+            trigger is restored from the model, if there is one.
         triggered_holdout: further triggered samples that only the judge may see.
-        target: the class the trigger leads to.
+        target: the class the trigger leads to; None, where it is to be found out together with the trigger.
         max_rate: attack success that is tolerated above the clean confusion rate.
     """
 
@@ -136,13 +137,15 @@ class BackdoorSpec(_PropertySpec):
     trigger: DataPath | None = None
     triggered: DataPath | None = None
     triggered_holdout: DataPath | None = None
-    target: Class
+    target: Class | None = None
     max_rate: Share = 0.01
 
     @model_validator(mode="after")
     def _one_source(self) -> BackdoorSpec:
-        if (self.trigger is None) == (self.triggered is None):
-            raise ValueError("give either trigger or triggered")
+        if self.trigger is not None and self.triggered is not None:
+            raise ValueError("give either trigger or triggered (or neither, to have the trigger restored)")
+        if self.target is None and (self.trigger is not None or self.triggered is not None):
+            raise ValueError("target: this key is needed; it may only be left out together with the trigger")
         if self.triggered_holdout is not None and self.triggered is None:
             raise ValueError("triggered_holdout goes with triggered")
         if self.triggered is not None and self.triggered == self.triggered_holdout:

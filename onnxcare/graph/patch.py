@@ -184,13 +184,13 @@ def publish(model: Model, path: Path, data: bytes, out: Path) -> None:
     path.replace(out)
 
 
-def write_atomically(path: Path, text: str) -> None:
-    """Write a text file so that it is either whole or not there.
+def write_atomically(path: Path, content: str | bytes) -> None:
+    """Write a file so that it is either whole or not there.
 
     Raises:
         UsageError: it cannot be written.
     """
     with _folder_beside(path) as folder:
         whole = folder / path.name
-        whole.write_text(text, encoding="utf-8")
+        whole.write_bytes(content.encode("utf-8") if isinstance(content, str) else content)
         whole.replace(path)

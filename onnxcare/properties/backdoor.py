@@ -43,7 +43,7 @@ class Backdoor(Property):
     def __init__(self, spec: BackdoorSpec, evidence: dict[PartName, Evidence], notes: Sequence[str]) -> None:
         """Wrap prepared evidence; use `prepare` to make it from files."""
         self.name = spec.name
-        self.target = spec.target
+        self.target = target_of(spec)
         self.max_rate: float = spec.max_rate
         self.notes = tuple(notes)
         self._evidence = evidence
@@ -124,6 +124,27 @@ class Backdoor(Property):
         return Finding(self.name, self.kind, tuple(found), (*self.notes, *([note] if note else [])))
 
 
+def target_of(spec: BackdoorSpec) -> int:
+    """Return the target of a backdoor whose trigger is known, or was restored."""
+    assert spec.target is not None
+    return spec.target
+
+
+def check(spec: BackdoorSpec, signatures: Sequence[Signature], classes: int) -> None:
+    """Make sure that the model can have such a backdoor.
+
+    Raises:
+        SpecError: the target is not a class, or the model has several inputs.
+    """
+    if spec.target is not None and spec.target >= classes:
+        raise SpecError(
+            f"properties.{spec.name}.target: {spec.target} is not a class; the model has 0 to {classes - 1}"
+        )
+    if len(signatures) != 1:
+        names = ", ".join(signature.name for signature in signatures)
+        raise SpecError(f"properties.{spec.name}: triggers need a model with one input, not {names}")
+
+
 def prepare(
     spec: BackdoorSpec,
     splits: Splits,
@@ -145,21 +166,13 @@ def prepare(
         seed: fixes how given triggered samples are split.
 
     Raises:
-        SpecError: the target is not a class.
         DataError: a file does not fit.
     """
-    if spec.target >= classes:
-        raise SpecError(
-            f"properties.{spec.name}.target: {spec.target} is not a class; the model has 0 to {classes - 1}"
-        )
-    if len(signatures) != 1:
-        names = ", ".join(signature.name for signature in signatures)
-        raise SpecError(f"properties.{spec.name}: triggers need a model with one input, not {names}")
-    name = signatures[0].name
+    (name,) = (signature.name for signature in signatures)
     if spec.trigger is not None:
         trigger = load_trigger(spec.trigger, signatures[0])
-        stamped = {part: _stamp(trigger, splits.part(part), spec.target, name) for part in PARTS}
-        _need_samples(spec, stamped)
+        stamped = {part: stamp(trigger, splits.part(part), target_of(spec), name) for part in PARTS}
+        need_samples(spec, stamped)
         return Backdoor(spec, stamped, ())
     assert spec.triggered is not None
     triggered = _load_triggered(spec, spec.triggered, signatures, classes, labels)
@@ -201,7 +214,7 @@ def _from_triggered(
         notes.append("Triggered samples have no labels: all are counted as if their true class were another one.")
     evidence: dict[PartName, Evidence] = {"holdout": Evidence(holdout, None)}
     searching: tuple[PartName, ...] = ("repair", "search", "validation")
-    observed = _success(predict, usable, spec.target)
+    observed = _success(predict, usable, target_of(spec))
     trigger, success = _best_trigger(spec, usable, splits.repair, name, predict)
     if trigger is not None and success >= _REPRODUCED * observed:
         notes.append(
@@ -210,7 +223,7 @@ def _from_triggered(
             f"success, the given ones {observed:.1%}."
         )
         for part in searching:
-            evidence[part] = _stamp(trigger, splits.part(part), spec.target, name)
+            evidence[part] = stamp(trigger, splits.part(part), target_of(spec), name)
     else:
         notes.append(
             "No static trigger explains the triggered samples; the repair rests on their mean shift "
@@ -218,7 +231,7 @@ def _from_triggered(
         )
         for part, rows in zip(searching, _split_rows(usable, [0.5, 0.2, 0.3], seed), strict=True):
             evidence[part] = Evidence(rows, None)
-    _need_samples(spec, evidence)
+    need_samples(spec, evidence)
     return Backdoor(spec, evidence, notes)
 
 
@@ -228,10 +241,10 @@ def _best_trigger(
     """Return the estimated trigger of highest attack success on clean samples, and that success."""
     best, highest = None, 0.0
     for trigger in estimate_triggers(triggered, clean, name):
-        stamped = _stamp(trigger, clean, spec.target, name)
+        stamped = stamp(trigger, clean, target_of(spec), name)
         if not len(stamped.bad):
             continue
-        success = _success(predict, stamped.bad, spec.target)
+        success = _success(predict, stamped.bad, target_of(spec))
         if success > highest:
             best, highest = trigger, success
     return best, highest
@@ -247,13 +260,19 @@ def _split_rows(dataset: Dataset, shares: list[float], seed: int) -> list[Datase
     return [dataset.take(part.inputs["row"]) for part in parts]
 
 
-def _stamp(trigger: Trigger, clean: Dataset, target: int, name: str) -> Evidence:
+def stamp(trigger: Trigger, clean: Dataset, target: int, name: str) -> Evidence:
+    """Return the clean samples of other classes with the trigger on them, and as they were."""
     twins = clean.take(np.flatnonzero(clean.truth != target))
     stamped = Dataset({name: trigger.stamp(twins.inputs[name])}, twins.labels)
     return Evidence(stamped, twins)
 
 
-def _need_samples(spec: BackdoorSpec, evidence: dict[PartName, Evidence]) -> None:
+def need_samples(spec: BackdoorSpec, evidence: dict[PartName, Evidence]) -> None:
+    """Make sure that every part has samples that a trigger could mislead.
+
+    Raises:
+        DataError: one has none.
+    """
     for part, found in evidence.items():
         if not len(found.bad):
             raise DataError(

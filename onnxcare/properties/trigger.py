@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,7 +27,8 @@ class Trigger:
     Attributes:
         mask: share of the pattern in each value of the input, without the batch axis, in [0, 1].
         pattern: the values that are stamped.
-        source: the file it was read from, or the kind that was estimated (`patch`, `blend`).
+        source: the file it was read from, or how it was found: estimated from samples (`patch`, `blend`), or
+            restored from the model (`restored patch`, `restored blend`).
     """
 
     mask: Array
@@ -37,6 +39,12 @@ class Trigger:
         """Return the inputs with the trigger stamped on, same dtype."""
         stamped = x * (1 - self.mask) + self.pattern * self.mask
         return stamped.astype(x.dtype, copy=False)
+
+    def to_bytes(self) -> bytes:
+        """Return the trigger as the npz file that `load_trigger` reads."""
+        stream = io.BytesIO()
+        np.savez_compressed(stream, mask=self.mask, pattern=self.pattern)
+        return stream.getvalue()
 
 
 def load_trigger(path: Path, signature: Signature) -> Trigger:

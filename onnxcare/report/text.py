@@ -28,6 +28,9 @@ def show_fix(fix: Fix, console: Console) -> None:
         _show_patch(fix, console)
     for note in fix.notes:
         console.print(f"note: {escape(note)}")
+    for trigger in fix.triggers:
+        shown = f", shown in {escape(trigger.picture)}" if trigger.picture else ""
+        console.print(f"{trigger.source} of class {trigger.target}: {escape(trigger.file)}{shown}")
     console.print(_conclusion(fix))
 
 
@@ -161,6 +164,24 @@ def show_location(location: Location, console: Console) -> None:
     rest = len(location.units) - _SHOWN
     if rest > 0:
         console.print(f"and {rest} more; --json lists all")
+    if location.layers:
+        _show_layers(location, console)
+
+
+def _show_layers(location: Location, console: Console) -> None:
+    layers = Table(title="Weights that had to go for the right answer, by layer", title_justify="left")
+    for name in ("layer", "weights", "voted", "answers brought back", "median share", "weighted by"):
+        layers.add_column(name, justify="left" if name in ("layer", "weighted by") else "right", overflow="fold")
+    for item in location.layers:
+        layers.add_row(
+            escape(item.layer),
+            f"{item.weights:,}",
+            f"{item.voted:,}",
+            f"{item.located} of {item.pairs}",
+            f"{item.median_share:.2%}" if item.located else "",
+            "gradient" if item.gradient else "interventions",
+        )
+    console.print(layers)
 
 
 def show_inspection(inspection: Inspection, console: Console) -> None:
