@@ -24,8 +24,9 @@ from onnxcare.errors import ModelError, OnnxcareError, UsageError
 if TYPE_CHECKING:
     from rich.console import Console
 
-# Kept here so that --help needs no heavy import; a test compares it with the registry.
-METHODS = ("auto", "care")
+# Kept here so that --help needs no heavy import; a test compares them with the registries.
+METHODS = ("auto", "care", "ai-lancet-flip", "ai-lancet-finetune")
+LOCATORS = ("auto", "causal", "interchange", "differential")
 FORMATS = ("text", "json", "junit", "sarif")
 
 # The package itself checks every path, so that the same fault has the same message and exit code everywhere.
@@ -110,7 +111,15 @@ def main() -> None:
     type=click.Choice(METHODS),
     default="auto",
     show_default=True,
-    help="auto: closed-form directions and CMA-ES; care: multipliers, as published.",
+    help="auto: a portfolio, best first; care: multipliers; ai-lancet-flip: voted weights change sign or become zero; "
+    "ai-lancet-finetune: voted weights are tuned by gradient.",
+)
+@click.option(
+    "--locator",
+    type=click.Choice(LOCATORS),
+    default="auto",
+    show_default=True,
+    help="What care and ai-lancet go by; auto: what serves them best.",
 )
 @click.option("--best-effort", is_flag=True, help="Write the model even if the verdict is not good.")
 @click.option("--json", "report", metavar="REPORT", help="Also write the whole result as JSON; - for standard output.")
@@ -125,6 +134,7 @@ def fix(
     output: Path | None,
     in_place: bool,
     method: str,
+    locator: str,
     best_effort: bool,
     report: str | None,
     seed: int | None,
@@ -148,6 +158,7 @@ def fix(
             spec,
             target,
             method=method,
+            locator=locator,
             seed=seed,
             device=device,
             memory=memory,
@@ -221,6 +232,14 @@ def check(
 @_spec
 @click.option("--samples", type=click.IntRange(min=1), default=128, show_default=True, help="Samples per effect.")
 @click.option("--values", type=click.IntRange(min=2), default=8, show_default=True, help="Values per unit.")
+@click.option(
+    "--method",
+    type=click.Choice(LOCATORS),
+    default="auto",
+    show_default=True,
+    help="causal: average causal effects; interchange: effects of the value without the cause; differential: votes, "
+    "for single weights too; auto: what serves best.",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print the whole result as JSON.")
 @_seed
 @_device
@@ -230,12 +249,13 @@ def locate(
     spec: Path,
     samples: int,
     values: int,
+    method: str,
     as_json: bool,
     seed: int | None,
     device: str,
     memory: str | None,
 ) -> None:
-    """Rank the hidden units of MODEL by their causal effect on the misbehaviour."""
+    """Rank the hidden units of MODEL by how much they carry the misbehaviour."""
     from onnxcare import api
     from onnxcare.report import json, text
 
@@ -249,6 +269,7 @@ def locate(
             memory=memory,
             samples=samples,
             values=values,
+            method=method,
             progress=progress,
         )
     if as_json:
@@ -293,6 +314,7 @@ def demo(context: click.Context, output: Path | None, device: str) -> None:
         output=target,
         in_place=False,
         method="auto",
+        locator="auto",
         best_effort=False,
         report=None,
         seed=None,

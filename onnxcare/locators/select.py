@@ -17,9 +17,12 @@ import numpy as np
 from onnxcare.case import Case
 from onnxcare.errors import DataError, ModelError
 from onnxcare.graph.sites import Site
+from onnxcare.locators import LOCATORS
 from onnxcare.locators.attribution import Attribution, by_unit, spread_units
 from onnxcare.locators.causal import average_causal_effects
+from onnxcare.locators.differential import vote_units
 from onnxcare.locators.interchange import interchange_effects
+from onnxcare.locators.pairs import Pairs, find_pairs
 from onnxcare.panel import Outcome, Panel
 
 Array = np.ndarray
@@ -69,7 +72,11 @@ class Selection:
 
 
 def attribute_sites(
-    case: Case, sites: Sequence[Site], samples: int = _SAMPLES, values: int = _VALUES
+    case: Case,
+    sites: Sequence[Site],
+    samples: int = _SAMPLES,
+    values: int = _VALUES,
+    locators: Sequence[str] = LOCATORS,
 ) -> list[Attribution]:
     """Return the scores of every locator at every site, for the property they move most.
 
@@ -78,6 +85,7 @@ def attribute_sites(
         sites: where to look; those that cannot be cut open are left out as long as one can.
         samples: at most so many clean and bad samples of the repair part.
         values: how many values each unit is forced to for its average causal effect.
+        locators: what to rank by.
 
     Raises:
         ModelError: none of the sites can be cut open, or no unit of them ever changes.
@@ -86,12 +94,13 @@ def attribute_sites(
     if not any(len(evidence.bad) for evidence in panel.evidence):
         names = ", ".join(item.name for item in case.properties)
         raise DataError(f"no sample of the data shows {names}, so there is nothing to be located")
+    pairs = find_pairs(case, samples) if "differential" in locators else []
     found: list[Attribution] = []
     failure = ModelError(f"{case.experiment.model.path}: all hidden units are constant over the data")
     for index, site in enumerate(sites):
-        case.progress(f"causal effects at {site.tensor} ({index + 1} of {len(sites)})")
+        case.progress(f"effects at {site.tensor} ({index + 1} of {len(sites)})")
         try:
-            found += _attribute_site(case, site, samples, values)
+            found += _attribute_site(case, site, samples, values, locators, pairs)
         except ModelError as error:
             failure = error
     found = [item for item in found if not item.dead.all()]
@@ -100,23 +109,34 @@ def attribute_sites(
     return found
 
 
-def _attribute_site(case: Case, site: Site, samples: int, values: int) -> list[Attribution]:
+def _attribute_site(
+    case: Case, site: Site, samples: int, values: int, locators: Sequence[str], pairs: Sequence[Pairs]
+) -> list[Attribution]:
     panel = case.panel("repair", samples)
     found: dict[str, list[Attribution]] = {}
+
+    def add(attribution: Attribution) -> None:
+        found.setdefault(attribution.locator, []).append(attribution)
+
     for item, evidence in zip(case.properties, panel.evidence, strict=True):
         bad, twins = evidence.bad, evidence.twins
         if not len(bad):
             continue
-        over = item.observed(panel.clean, bad)
-        response = partial(item.response, samples=over)
-        causal = average_causal_effects(case.experiment, site, over, bad, response, values)
-        interchanged = interchange_effects(
-            case.experiment, site, panel.clean, bad, twins, partial(item.margin, samples=bad)
-        )
-        # CARE's released code ranks by the mean for fairness; which ranking is better, its measured effect decides.
-        others = [causal.by_mean()] if item.kind == "fairness" else []
-        for attribution in (causal, *others, interchanged):
-            found.setdefault(attribution.locator, []).append(attribution)
+        if "causal" in locators:
+            over = item.observed(panel.clean, bad)
+            response = partial(item.response, samples=over)
+            causal = average_causal_effects(case.experiment, site, over, bad, response, values)
+            add(causal)
+            # CARE's released code ranks by the mean for fairness; which ranking is better, its measured effect decides.
+            if item.kind == "fairness":
+                add(causal.by_mean())
+        if "interchange" in locators:
+            margin = partial(item.margin, samples=bad)
+            add(interchange_effects(case.experiment, site, panel.clean, bad, twins, margin))
+    if pairs:
+        clean = case.experiment.suffix(site.tensor, "affine").cache(panel.clean.inputs)
+        for part in pairs:
+            add(vote_units(case.experiment, site, clean, part))
     return [max(parts, key=lambda part: float(part.scores.max())) for parts in found.values()]
 
 

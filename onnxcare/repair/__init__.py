@@ -2,27 +2,37 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 from importlib import import_module
 
 from onnxcare.case import Case
 from onnxcare.errors import UsageError, nearest
+from onnxcare.locators import chosen
 from onnxcare.repair.base import Repair
 
-# Modules with a function `repair(case) -> Repair`, by the name of the method.
+# Modules with a function `repair(case, [locators]) -> Repair`, by the name of the method.
 METHODS = {
     "auto": "onnxcare.repair.auto",
     "care": "onnxcare.repair.care",
+    "ai-lancet-flip": "onnxcare.repair.flip",
+    "ai-lancet-finetune": "onnxcare.repair.neuron_finetune",
 }
 
 
-def find(method: str) -> Callable[[Case], Repair]:
-    """Return the function that carries out a method.
+def find(method: str, locator: str = "auto") -> Callable[[Case], Repair]:
+    """Return the function that carries out a method on what a locator finds; `auto` stands for the method's own.
 
     Raises:
-        UsageError: there is no such method.
+        UsageError: there is no such method or locator, or the method needs none.
     """
     if method not in METHODS:
         raise UsageError(f"--method {method}: unknown{nearest(method, METHODS)}; known: {', '.join(METHODS)}")
-    function: Callable[[Case], Repair] = import_module(METHODS[method]).repair
-    return function
+    function: Callable[..., Repair] = import_module(METHODS[method]).repair
+    if locator == "auto":
+        return function
+    locators: Sequence[str] = chosen(locator)
+    if method == "auto":
+        able = ", ".join(name for name in METHODS if name != "auto")
+        raise UsageError(f"--locator {locator}: --method auto does not go by units; it goes with {able}")
+    return partial(function, locators=locators)

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from onnxcare.case import Case
 from onnxcare.graph.parameters import Parameter
 from onnxcare.panel import Outcome
 
@@ -68,3 +69,15 @@ class Repair:
     candidates: Sequence[Candidate]
     details: Mapping[str, Any]
     notes: Sequence[str] = ()
+
+
+def best_of(
+    method: str, case: Case, found: Sequence[Found], details: Mapping[str, Any], notes: Sequence[str] = ()
+) -> Repair:
+    """Return the best candidate as a repair; no change at all competes too."""
+    unchanged = Candidate("no change", case.before)
+    best = min(found, key=lambda item: item.candidate.outcome.rank)
+    candidates = [unchanged, *(item.candidate for item in found)]
+    if unchanged.outcome.rank <= best.candidate.outcome.rank:
+        return Repair(method, {}, unchanged, candidates, details, notes)
+    return Repair(method, best.make(), best.candidate, candidates, details, notes)

@@ -75,6 +75,11 @@ def matrix_of(case: Case, layer: Layer) -> Array:
     return layer.matrix(case.read(layer.weight), bias).astype(np.float64)
 
 
+def only(mask: Array) -> Callable[[Array], Array]:
+    """Return what keeps the masked values of a gradient alone."""
+    return lambda slope: np.where(mask, slope, 0.0)
+
+
 def without_rows(rows: Array) -> Callable[[Array], Array]:
     """Return what takes rows of a layer's matrix out of a gradient."""
 

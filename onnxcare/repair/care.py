@@ -9,7 +9,9 @@ into the outgoing weights, which is exact for any factor.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 
@@ -18,11 +20,12 @@ from onnxcare.errors import ModelError
 from onnxcare.experiment import Activations, Experiment
 from onnxcare.graph.parameters import Parameter
 from onnxcare.graph.sites import Site
+from onnxcare.locators import LOCATORS
 from onnxcare.locators.attribution import spread_units
 from onnxcare.locators.select import attribute_sites, select_units
 from onnxcare.panel import Panel
 from onnxcare.repair import cmaes
-from onnxcare.repair.base import Candidate, Repair
+from onnxcare.repair.base import Candidate, Found, Repair, best_of
 
 Array = np.ndarray
 
@@ -34,13 +37,13 @@ _COMPARABLE = 1.5
 
 
 @dataclass(frozen=True)
-class _Found:
+class _Searched:
     site: Site
     factors: Array
     candidate: Candidate
 
 
-def repair(case: Case) -> Repair:
+def repair(case: Case, locators: Sequence[str] = LOCATORS) -> Repair:
     """Search multipliers for the guilty units.
 
     Raises:
@@ -51,7 +54,7 @@ def repair(case: Case) -> Repair:
         reasons = [site.refusal for site in case.experiment.sites if site.refusal]
         why = "; ".join(reasons[:3]) or "it has no hidden layer in front of a Gemm, MatMul or Conv"
         raise ModelError(f"{case.experiment.model.path}: no multiplier can be folded into weights: {why}")
-    attributions = attribute_sites(case, sites)
+    attributions = attribute_sites(case, sites, locators=locators)
     selections = select_units(case, attributions, most=_MOST_UNITS)
     found, evaluations = [], 0
     limit = _COMPARABLE * selections[0].outcome.cost
@@ -62,22 +65,18 @@ def repair(case: Case) -> Repair:
             item, count = _search(case, selection.site, units)
             found.append(item)
             evaluations += count
-    unchanged = Candidate("no change", case.before)
     best = min(found, key=lambda item: item.candidate.outcome.rank)
-    candidates = [unchanged, *(item.candidate for item in found)]
     details = {
         "selections": [selection.as_dict() for selection in selections],
         "site": best.site.tensor,
         "cmaes_evaluations": evaluations,
+        "multipliers": {int(unit): float(best.factors[unit]) for unit in np.flatnonzero(best.factors != 1)},
     }
-    if unchanged.outcome.rank <= best.candidate.outcome.rank:
-        return Repair("care", {}, unchanged, candidates, details)
-    values = fold(case, best.site, best.factors)
-    details["multipliers"] = {int(unit): float(best.factors[unit]) for unit in np.flatnonzero(best.factors != 1)}
-    return Repair("care", values, best.candidate, candidates, details)
+    offered = [Found(item.candidate, partial(fold, case, item.site, item.factors)) for item in found]
+    return best_of("care", case, offered, details)
 
 
-def _search(case: Case, site: Site, units: Array) -> tuple[_Found, int]:
+def _search(case: Case, site: Site, units: Array) -> tuple[_Searched, int]:
     suffix = case.experiment.suffix(site.tensor, "affine")
 
     def scores(panel: Panel, at: Activations, factors: Array) -> Array:
@@ -112,7 +111,7 @@ def _search(case: Case, site: Site, units: Array) -> tuple[_Found, int]:
     factors = np.ones(site.units)
     factors[units] = best.best
     label = f"{site.tensor}: {len(units)} multipliers"
-    return _Found(site, factors, Candidate(label, outcome)), sum(run.evaluations for run in runs)
+    return _Searched(site, factors, Candidate(label, outcome)), sum(run.evaluations for run in runs)
 
 
 def fold(case: Case, site: Site, factors: Array) -> dict[Parameter, Array]:
