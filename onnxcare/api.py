@@ -30,7 +30,7 @@ from onnxcare.inspection import Inspection, inspect_model
 from onnxcare.judge import Court, Witness, judge
 from onnxcare.locators import chosen
 from onnxcare.locators.differential import vote_weights
-from onnxcare.locators.pairs import find_pairs
+from onnxcare.locators.pairs import need_pairs
 from onnxcare.locators.select import attribute_sites, select_units
 from onnxcare.measures import CONFIDENCE, Gauge, Verdict
 from onnxcare.prepare import Setup, check_inputs, prepare
@@ -113,8 +113,6 @@ def locate(
     locators = chosen(method)
     setup = prepare(model, spec, seed, device, memory, progress)
     case = setup.case
-    if not case.experiment.sites:
-        raise ModelError(f"{model}: it has no hidden layer in front of a Gemm, MatMul or Conv")
     attributions = attribute_sites(case, case.experiment.sites, samples, values, locators)
     selections = select_units(case, attributions)
     # One ranking for all sites, so that its scores can be compared: the one that served best at the best site.
@@ -149,7 +147,7 @@ def locate(
 
 def _layer_votes(case: Case, samples: int) -> list[LayerVotes]:
     """Return the votes for the weights of every layer that can be cut open, most answers brought back first."""
-    pairs = find_pairs(case, samples)
+    pairs = need_pairs(case, samples)
     found = []
     for layer in case.experiment.layers:
         if layer.refusal is not None:

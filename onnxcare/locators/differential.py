@@ -58,7 +58,7 @@ class WeightVotes:
         layer: the layer.
         votes: [groups, d, outputs / groups] pairs for which the weight had to go; the bias has none.
         scores: likewise, the mean score, at most 1.
-        pairs: how many pairs were looked at.
+        pairs: how many pairs were looked at; few, where none of the first ones got its answer back.
         located: how many of them got their right answer back.
         share: median share of the layer's weights that had to go for it.
         gradient: whether w came from a gradient.
@@ -101,7 +101,7 @@ def vote_weights(case: Case, layer: Layer, everything: Sequence[Pairs]) -> Weigh
     votes, scores = np.zeros(matrix.shape), np.zeros(matrix.shape)
     shares: list[float] = []
     suffix = experiment.suffix(layer.output, "affine")
-    gradient = True
+    gradient, looked_at = True, 0
     for pairs in everything:
         slopes, smooth = _slopes(experiment, layer, features, pairs)
         gradient &= smooth
@@ -109,19 +109,19 @@ def vote_weights(case: Case, layer: Layer, everything: Sequence[Pairs]) -> Weigh
         at = suffix.cache(pairs.wrong.inputs)
         outputs = layer.output_rows(slopes)
         for index in range(len(pairs)):
-            if index == _PATIENCE and not shares:
+            if looked_at >= _PATIENCE and not shares:
                 break  # this is not a layer whose ablation brings answers back
+            looked_at += 1
             score = np.abs(rows[:, index].transpose(0, 2, 1) @ outputs[:, index]).astype(np.float64)
-            scores += score / max(float(score.max()), 1e-30) / sum(map(len, everything))
+            scores += score / max(float(score.max()), 1e-30)
             order = np.argsort(-score, axis=None, kind="stable")
             one = slice(index, index + 1)
-            ablation = _Ablation(layer, matrix, rows[:, one], order, suffix, at.take(one))
-            count = ablation.first(int(pairs.right[index]))
+            count = _Ablation(layer, matrix, rows[:, one], order, suffix, at.take(one)).first(int(pairs.right[index]))
             if count:
                 votes.reshape(-1)[order[:count]] += 1
                 shares.append(count / matrix.size)
     share = float(np.median(shares)) if shares else 0.0
-    return WeightVotes(layer, votes, scores, sum(map(len, everything)), len(shares), share, gradient)
+    return WeightVotes(layer, votes, scores / max(1, looked_at), looked_at, len(shares), share, gradient)
 
 
 class _Ablation:
@@ -223,24 +223,46 @@ def _features(experiment: Experiment, layer: Layer) -> tuple[str, int]:
 
 
 def _slopes(experiment: Experiment, layer: Layer, features: tuple[str, int], pairs: Pairs) -> tuple[Array, bool]:
-    """Return the gradient of the norm of the re-weighted difference with respect to the layer's output."""
+    """Return the gradient of the norm of the re-weighted difference with respect to the layer's output.
+
+    Where the features lie behind a step without a derivative, the layer's output takes their place.
+    """
     tensor, axis = features
+    try:
+        between = None if tensor == layer.output else _Between(experiment, layer.output, tensor, len(pairs))
+    except NoGradient:
+        return _slopes(experiment, layer, (layer.output, layer.unit_axis), pairs)
     is_now, ought = (experiment.tensors([tensor], part.inputs)[0] for part in (pairs.wrong, pairs.references))
     importance, smooth = _importance(experiment, tensor, axis, pairs)
     weighted = (is_now - ought) * (importance + 0.5)
     norms = np.linalg.norm(weighted.reshape(len(weighted), -1), axis=1)
     unit = weighted / np.maximum(norms, 1e-30).reshape(-1, *[1] * (weighted.ndim - 1)) * (importance + 0.5)
     seed = unit.astype(is_now.dtype)
-    if tensor == layer.output:
-        return seed, smooth
-    what = str(experiment.model.path)
-    part, crossing = surgery.part_behind(experiment.copy, layer.output, tensor, what)
-    names = [layer.output, *crossing]
-    shapes = dict(zip(names, (value.shape[1:] for value in experiment.tensors(names, experiment.probe)), strict=True))
-    rows = min(len(pairs), experiment.rows_of(part))
-    gradients = Gradients(part, [layer.output], tensor, shapes, experiment.device, rows, what)
-    inputs = dict(zip(names, experiment.tensors(names, pairs.wrong.inputs), strict=True))
-    return gradients(inputs, seed)[1][layer.output], smooth
+    return (seed if between is None else between.pull_back(pairs, seed)), smooth
+
+
+class _Between:
+    """The steps from a layer's output to its features, backward."""
+
+    def __init__(self, experiment: Experiment, start: str, stop: str, samples: int) -> None:
+        """Write the derivative.
+
+        Raises:
+            NoGradient: a step has none.
+        """
+        what = str(experiment.model.path)
+        part, crossing = surgery.part_behind(experiment.copy, start, stop, what)
+        self._experiment, self._names = experiment, [start, *crossing]
+        probe = experiment.tensors(self._names, experiment.probe)
+        shapes = {name: value.shape[1:] for name, value in zip(self._names, probe, strict=True)}
+        rows = min(samples, experiment.rows_of(part))
+        self._gradients = Gradients(part, [start], stop, shapes, experiment.device, rows, what)
+
+    def pull_back(self, pairs: Pairs, seed: Array) -> Array:
+        """Return the gradient by the layer's output of one by the features."""
+        values = self._experiment.tensors(self._names, pairs.wrong.inputs)
+        inputs = dict(zip(self._names, values, strict=True))
+        return self._gradients(inputs, seed)[1][self._names[0]]
 
 
 def _importance(experiment: Experiment, tensor: str, axis: int, pairs: Pairs) -> tuple[Array, bool]:

@@ -15,6 +15,7 @@ import numpy as np
 from onnxcare.backward import input_gradients
 from onnxcare.case import Case
 from onnxcare.data import Dataset
+from onnxcare.errors import DataError
 from onnxcare.experiment import Experiment
 from onnxcare.graph.gradients import NoGradient
 from onnxcare.panel import Panel
@@ -171,7 +172,7 @@ def _smallest_changes(case: Case, item: Property, bad: Dataset) -> tuple[Dataset
 def _companions(experiment: Experiment, item: Property, clean: Dataset, bad: Dataset) -> tuple[Dataset, Array]:
     """Return for every bad sample the nearest clean one of its class that is answered rightly, where there is one."""
     scores = experiment.scores(clean.inputs)
-    decisions, fine = scores.argmax(axis=-1), ~item.relevant(clean) | ~item.misbehaves(scores, clean)
+    decisions, fine = scores.argmax(axis=-1), ~item.misbehaves(scores, clean)
     if clean.labels is not None:
         fine &= decisions == clean.labels
     far = np.zeros((len(bad), len(clean)))
@@ -198,3 +199,16 @@ def _norms(values: Array) -> Array:
 
 def _spread(per_sample: Array, like: Array) -> Array:
     return per_sample.reshape(-1, *[1] * (like.ndim - 1))
+
+
+def need_pairs(case: Case, limit: int) -> list[Pairs]:
+    """Return the pairs, at most `limit` of every property.
+
+    Raises:
+        DataError: there are none.
+    """
+    found = find_pairs(case, limit)
+    if not found:
+        names = ", ".join(item.name for item in case.properties)
+        raise DataError(f"no sample of the data shows {names} and has a reference that does not")
+    return found

@@ -22,13 +22,15 @@ from onnxcare.locators.attribution import Attribution, by_unit, spread_units
 from onnxcare.locators.causal import average_causal_effects
 from onnxcare.locators.differential import vote_units
 from onnxcare.locators.interchange import interchange_effects
-from onnxcare.locators.pairs import Pairs, find_pairs
+from onnxcare.locators.pairs import Pairs, find_pairs, need_pairs
 from onnxcare.panel import Outcome, Panel
 
 Array = np.ndarray
 
 _SAMPLES = 128
 _VALUES = 8
+_NOTHING = "all hidden units are constant over the data"
+_NO_SITES = "it has no hidden layer in front of a Gemm, MatMul or Conv"
 
 
 @dataclass(frozen=True)
@@ -94,9 +96,11 @@ def attribute_sites(
     if not any(len(evidence.bad) for evidence in panel.evidence):
         names = ", ".join(item.name for item in case.properties)
         raise DataError(f"no sample of the data shows {names}, so there is nothing to be located")
-    pairs = find_pairs(case, samples) if "differential" in locators else []
+    pairs = []
+    if "differential" in locators:
+        pairs = need_pairs(case, samples) if len(locators) == 1 else find_pairs(case, samples)
     found: list[Attribution] = []
-    failure = ModelError(f"{case.experiment.model.path}: all hidden units are constant over the data")
+    failure = ModelError(f"{case.experiment.model.path}: {_NOTHING if sites else _NO_SITES}")
     for index, site in enumerate(sites):
         case.progress(f"effects at {site.tensor} ({index + 1} of {len(sites)})")
         try:

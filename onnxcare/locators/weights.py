@@ -12,11 +12,11 @@ from dataclasses import dataclass
 import numpy as np
 
 from onnxcare.case import Case
-from onnxcare.errors import DataError, ModelError
+from onnxcare.errors import ModelError
 from onnxcare.graph.layers import Layer
 from onnxcare.locators.attribution import Attribution
 from onnxcare.locators.differential import WeightVotes, vote_weights
-from onnxcare.locators.pairs import find_pairs
+from onnxcare.locators.pairs import need_pairs
 from onnxcare.locators.select import attribute_sites
 
 Array = np.ndarray
@@ -67,10 +67,7 @@ def rank_weights(case: Case, locators: Sequence[str]) -> tuple[list[WeightRankin
     votes: list[WeightVotes] = []
     skipped: dict[str, str] = {}
     if "differential" in locators:
-        pairs = find_pairs(case, _PAIRS)
-        if not pairs:
-            names = ", ".join(item.name for item in case.properties)
-            raise DataError(f"no sample of the data shows {names} and has a reference that does not")
+        pairs = need_pairs(case, _PAIRS)
         for index, layer in enumerate(layers):
             case.progress(f"differences at {layer.name} ({index + 1} of {len(layers)})")
             try:
@@ -83,15 +80,18 @@ def rank_weights(case: Case, locators: Sequence[str]) -> tuple[list[WeightRankin
                 rankings.append(WeightRanking(layer, "differential, weights", _with_bias(layer, found.ranking())))
             else:
                 skipped[layer.name] = "no share of its weights brings any right answer back"
-    if case.experiment.sites:
+    try:
         attributions = attribute_sites(case, case.experiment.sites, locators=locators)
-        by_name = {layer.name: layer for layer in layers}
-        rankings += [
-            _of_units(by_name[name], item)
-            for item in attributions
-            for name in item.site.writers
-            if name in by_name and by_name[name].outputs == item.site.units
-        ]
+    except ModelError as error:
+        attributions = []
+        skipped["hidden units"] = str(error)
+    by_name = {layer.name: layer for layer in layers}
+    rankings += [
+        _of_units(by_name[name], item)
+        for item in attributions
+        for name in item.site.writers
+        if name in by_name and by_name[name].outputs == item.site.units
+    ]
     if not rankings:
         why = "; ".join(f"{name}: {reason}" for name, reason in list(skipped.items())[:3])
         raise ModelError(f"{case.experiment.model.path}: nothing could be located in any layer: {why}")

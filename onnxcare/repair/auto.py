@@ -16,12 +16,12 @@ from typing import Any
 import numpy as np
 
 from onnxcare.case import Case
-from onnxcare.errors import ModelError
+from onnxcare.errors import DataError, ModelError
 from onnxcare.panel import Outcome
-from onnxcare.repair import cut, directions, finetune, last_layer
+from onnxcare.repair import cut, directions, finetune, last_layer, neuron_finetune
 from onnxcare.repair.base import Candidate, Found, Repair, Values
 
-_STRATEGIES = (cut, last_layer, directions, finetune)
+_STRATEGIES = (cut, last_layer, directions, finetune, neuron_finetune)
 _ROUNDS = 3
 # A further round has to keep every limit, or to bring the cost down to this share.
 _WORTH = 0.5
@@ -86,7 +86,7 @@ def _round(case: Case) -> tuple[list[Found], dict[str, Any]]:
         start.progress(f"repairing by {name.replace('_', ' ')}")
         try:
             offered = strategy.propose(start)
-        except (ModelError, np.linalg.LinAlgError) as error:
+        except (ModelError, DataError, np.linalg.LinAlgError) as error:
             details[name] = {"failed": str(error)}  # another strategy may do without what this one needs
             failure = error if isinstance(error, ModelError) else failure
             continue

@@ -3,8 +3,9 @@
 Only the most voted weights of one layer move. As published they start where they are; they may also start at a closed
 form (`closed_form`), which changes the whole layer. The loss pulls bad samples to what the original says about their
 references and holds the answers to clean samples where they were; Adam follows it in batches, and the step that does
-best on the search part counts, the start included. Layers, rankings and starts are tried with few steps and a tenth of
-the weights, then shares; the best plans are tuned on all samples and compete on validation data.
+best on the search part counts, the start included. Layers and starts are tried with few steps and a tenth of the
+weights, then shares and rankings at the best ones; the best plans are tuned on all samples and compete on validation
+data.
 
 Behind some layers there may be no derivative (Sign, ArgMax ...). There CMA-ES searches the most voted weights instead.
 """
@@ -14,7 +15,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from itertools import groupby, product
+from itertools import groupby
 
 import numpy as np
 
@@ -26,7 +27,7 @@ from onnxcare.locators import DEFAULT_OF_WEIGHTS
 from onnxcare.locators.weights import WeightRanking, matrix_shape, rank_weights
 from onnxcare.panel import Outcome
 from onnxcare.repair import closed_form, cmaes
-from onnxcare.repair.base import Candidate, Found, Repair, best_of
+from onnxcare.repair.base import Candidate, Found, Proposals, Repair, best_of
 from onnxcare.repair.bench import Bench, changed, matrix_of, only
 from onnxcare.repair.finetune import Tuner
 
@@ -34,11 +35,11 @@ Array = np.ndarray
 
 # Shares of a layer's weights that move; the first one is tried everywhere.
 _SHARES = (0.1, 0.01, 1.0)
-_SCAN_SAMPLES, _SCAN_STEPS = 300, 20
-_WIDENED, _TUNED, _STEPS = 2, 3, 300
+_SCAN_SAMPLES, _SCAN_STEPS = 200, 10
+_WIDENED, _TUNED, _STEPS = 2, 2, 250
 # Step sizes in terms of the root mean square of the layer's weights: few weights have to go far, all of them need not.
 _SCAN_RATE, _RATES = 0.05, (0.01, 0.05)
-_ALPHAS, _RHOS, _RANKS = (1.0, 10.0), (1e-2, 1e-1), (4, None)
+_ALPHAS, _RHO, _RANKS = (1.0, 10.0), 0.1, (4, None)
 _SEARCHED_WEIGHTS, _SEARCH_SAMPLES, _SEARCH_BYTES, _GENERATIONS = 64, 200, 256 << 20, 150
 
 
@@ -65,29 +66,45 @@ def repair(case: Case, locators: Sequence[str] = DEFAULT_OF_WEIGHTS) -> Repair:
         DataError: no sample misbehaves and has a reference that does not.
         ModelError: nothing could be located, or no layer could be cut open.
     """
+    offered = propose(case, locators)
+    notes: list[str] = offered.details["notes"]
+    return best_of("ai-lancet-finetune", case, offered.found, offered.details, notes)
+
+
+def applies(case: Case) -> bool:
+    """Return whether some property has bad samples that could take their activations from elsewhere."""
+    return any(item.transplantable and len(item.evidence("repair").bad) for item in case.properties)
+
+
+def propose(case: Case, locators: Sequence[str] = DEFAULT_OF_WEIGHTS) -> Proposals:
+    """Return tuned layers, see the module's docstring.
+
+    Raises:
+        DataError: no sample misbehaves and has a reference that does not.
+        ModelError: nothing could be located, or no layer could be cut open.
+    """
     rankings, votes, skipped = rank_weights(case, locators)
     notes: list[str] = []
     plans: list[_Plan] = []
     found: list[Found] = []
-    by_layer = sorted(rankings, key=lambda item: item.layer.node)
-    for _, mine in groupby(by_layer, key=lambda item: item.layer.node):
-        here = list(mine)
-        layer = here[0].layer
-        case.progress(f"trying gradients at {layer.name}")
+    rankings.sort(key=lambda item: item.layer.node)
+    by_layer = {layer.name: list(mine) for layer, mine in groupby(rankings, key=lambda item: item.layer)}
+    for name, here in by_layer.items():
+        case.progress(f"trying gradients at {name}")
         try:
-            tuner = Tuner(case, layer)
-            starts = _starts(case, layer)
-            for ranking, (start, change) in product(here, starts.items()):
-                plans.append(_tried(tuner, _Plan(ranking, 0, start, change, (0.0, 0.0)), _SHARES[0]))
-        except NoGradient as error:
-            notes.append(f"{error}: the weights of {layer.name} were searched by CMA-ES instead of by gradient.")
-            found.append(_searched(case, here[0]))
+            try:
+                plans += _plans(case, here[0])
+            except NoGradient as error:
+                notes.append(f"{error}: the weights of {name} were searched by CMA-ES instead of by gradient.")
+                found.append(_searched(case, here[0]))
         except ModelError as error:
-            skipped[layer.name] = str(error)
+            skipped[name] = str(error)
     plans.sort(key=lambda plan: plan.rank)
     for plan in plans[:_WIDENED]:
         tuner = Tuner(case, plan.ranking.layer)
         plans += [_tried(tuner, plan, share) for share in _SHARES[1:]]
+        others = by_layer[plan.ranking.layer.name][1:]
+        plans += [_tried(tuner, replace(plan, ranking=other), _SHARES[0]) for other in others]
     plans.sort(key=lambda plan: plan.rank)
     for plan in plans[:_TUNED]:
         case.progress(f"fine-tuning {plan.ranking.layer.name}")
@@ -99,8 +116,21 @@ def repair(case: Case, locators: Sequence[str] = DEFAULT_OF_WEIGHTS) -> Repair:
         "votes": [item.as_dict() for item in votes],
         "scan": [{"plan": plan.label, "cost": plan.rank[1]} for plan in plans],
         "skipped": skipped,
+        "notes": notes,
     }
-    return best_of("ai-lancet-finetune", case, found, details, notes)
+    return Proposals(found, details)
+
+
+def _plans(case: Case, ranking: WeightRanking) -> list[_Plan]:
+    """Try a layer's weights from every start.
+
+    Raises:
+        NoGradient: there is no derivative behind the layer.
+        ModelError: its inputs do not fit into the memory.
+    """
+    tuner = Tuner(case, ranking.layer)
+    starts = _starts(case, ranking.layer).items()
+    return [_tried(tuner, _Plan(ranking, 0, start, change, (0.0, 0.0)), _SHARES[0]) for start, change in starts]
 
 
 def _starts(case: Case, layer: Layer) -> dict[str, Array | None]:
@@ -110,7 +140,7 @@ def _starts(case: Case, layer: Layer) -> dict[str, Array | None]:
     if fits and any(item.transplantable for item in case.properties):
         try:
             regression = closed_form.accumulate(case.experiment, layer, case.splits.repair, case.panel("repair"))
-            solved = [regression.solve(alpha, rho, _RANKS) for alpha, rho in product(_ALPHAS, _RHOS)]
+            solved = [regression.solve(alpha, _RHO, _RANKS) for alpha in _ALPHAS]
             changes = [change for several in solved for change in several]
             ranks = [outcome.rank for outcome in Bench(case, layer).outcomes(case.panel("search"), changes)]
             starts["the closed form"] = changes[ranks.index(min(ranks))]
