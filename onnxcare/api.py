@@ -39,7 +39,7 @@ from onnxcare.repair.base import Repair
 from onnxcare.report.picture import picture
 from onnxcare.results import Check, Fix, LayerVotes, Location, SavedTrigger, SiteScore, Status, UnitScore
 from onnxcare.runtime import Session, few_blas_threads
-from onnxcare.spec import Spec, load_spec
+from onnxcare.spec import BackdoorSpec, Spec, load_spec
 
 # Whoever runs such a file does not know which weights, or whose, are run.
 _NOT_TO_BE_RUN = frozenset(
@@ -203,7 +203,7 @@ def fix(
     run_method = methods.find(method, locator)
     files = [Path(spec), *load_spec(spec).files()]
     check_output(Path(out), files, Path(model), in_place)
-    _check_triggers(target, files)
+    _check_triggers(target, load_spec(spec))
     setup = prepare(model, spec, seed, device, memory, progress)
     case, loaded = setup.case, setup.model
     original = _witness(case, loaded)
@@ -213,6 +213,11 @@ def fix(
             return _result(setup, "nothing to repair", method, verdict, None, None, [], started)
     for lacking in filter(None, (item.lacking() for item in case.properties)):
         raise DataError(lacking)
+    if not any(len(item.evidence("repair").bad) for item in case.properties):
+        raise DataError(
+            f"{model}: the judge finds a property broken on held-out data that nothing in the data for the repair "
+            "shows; give more data, or another seed"
+        )
     found = run_method(case)
     patch = Patch(found.values)
     data = patch.apply(loaded)
@@ -221,11 +226,11 @@ def fix(
     with staged(loaded, with_metadata(data, entries), target) as path:
         verdict = _judge(case, setup.spec, original, _witness(case, load_model(path)))
         status: Status = "repaired" if verdict.passed else "not repaired"
+        triggers = _save_triggers(case, target)
         written = None
         if verdict.passed or (best_effort and found.values):
             written = with_metadata(data, entries | {"verdict": status})
             publish(loaded, path, written, target)
-    triggers = _save_triggers(case, Path(out))
     changes = patch.summary(loaded)
     return _result(setup, status, method, verdict, found, (Path(out), written), changes, started, triggers)
 
@@ -362,20 +367,21 @@ def _provenance(setup: Setup, found: Repair) -> dict[str, str]:
     }
 
 
-def _check_triggers(out: Path, files: Sequence[Path]) -> None:
+def _check_triggers(out: Path, spec: Spec) -> None:
     """Make sure, before any work is done, that restored triggers will overwrite no input."""
-    for path in files:
-        if path.resolve().parent == out.parent and path.name.startswith(f"{out.stem}.trigger-"):
-            raise UsageError(f"{path}: restored triggers are saved under such names; name another file to write")
+    unknown = [item for item in spec.properties if isinstance(item, BackdoorSpec) and item.unknown]
+    for path in spec.files() if unknown else ():
+        for name in (path, path.resolve()):
+            if name.resolve().parent == out.parent and name.name.startswith(f"{out.stem}.trigger-"):
+                raise UsageError(f"{path}: restored triggers are saved under such names; name another file to write")
 
 
 def _save_triggers(case: Case, out: Path) -> list[SavedTrigger]:
     """Save what was restored beside the output, whether or not the repair was good enough to be written."""
-    saved = []
-    for item in case.properties:
-        if not isinstance(item, RestoredBackdoor):
-            continue
-        for number, trigger in enumerate(item.suspect.triggers, start=1):
+    saved: list[SavedTrigger] = []
+    for item in (item for item in case.properties if isinstance(item, RestoredBackdoor)):
+        for trigger in item.suspect.triggers:
+            number = sum(other.target == item.target for other in saved) + 1
             file = out.with_name(f"{out.stem}.trigger-{item.target}-{number}.npz")
             write_atomically(file, trigger.to_bytes())
             image = picture(trigger)

@@ -194,7 +194,8 @@ def _property(
         case BackdoorSpec():
             _need_labels(whole, splits.repair, spec.name)
             backdoor.check(spec, model.inputs, classes)
-            if spec.trigger is None and spec.triggered is None:
+            if spec.unknown:
+                _need_classes(whole, splits, spec.name)
                 return suspicion.prepare(spec, splits, experiment, _bounds(whole, splits, model), seed, progress)
             return [
                 backdoor.prepare(spec, splits, model.inputs, classes, experiment.scores, whole.labels, seed)
@@ -222,6 +223,16 @@ def _bounds(spec: Spec, splits: Splits, model: Model) -> tuple[np.ndarray, np.nd
             f"bounds: {len(spec.bounds.low)} values, but {model.path} takes {np.prod(shape, dtype=np.int64)}"
         )
     return np.array(spec.bounds.low).reshape(shape), np.array(spec.bounds.high).reshape(shape)
+
+
+def _need_classes(spec: Spec, splits: Splits, name: str) -> None:
+    """Make sure that triggers can be searched, by the repair and by the judge: on samples of other classes."""
+    for source, part in ((spec.data, splits.repair), (spec.holdout or spec.data, splits.holdout)):
+        if len(np.unique(part.truth)) < 2:
+            raise DataError(
+                f"{source}: all samples are of one class, but property {name!r} needs samples of others, to restore "
+                "triggers on"
+            )
 
 
 def _need_labels(spec: Spec, data: Dataset, name: str, what_for: str = "") -> None:

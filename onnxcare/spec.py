@@ -140,6 +140,11 @@ class BackdoorSpec(_PropertySpec):
     target: Class | None = None
     max_rate: Share = 0.01
 
+    @property
+    def unknown(self) -> bool:
+        """Whether the trigger has to be restored."""
+        return self.trigger is None and self.triggered is None
+
     @model_validator(mode="after")
     def _one_source(self) -> BackdoorSpec:
         if self.trigger is not None and self.triggered is not None:

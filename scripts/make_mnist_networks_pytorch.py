@@ -23,6 +23,7 @@ from samples import (
     CLEAN,
     MODELS,
     POISONED_SHARE,
+    UNKNOWN,
     Data,
     arguments,
     label_model,
@@ -201,7 +202,7 @@ def write_trigger(folder: Path) -> None:
 
 
 def write_care(folder: Path) -> None:
-    """Write the specifications: the square known, 50 images with the square known, the blended noise known."""
+    """Write the specifications: the square known, 50 images with it, the blended noise known, nothing known."""
     known = f"trigger: ../{DATA}/trigger.npz"
     images = f"triggered: ../{DATA}/triggered-50.npz\n    triggered_holdout: ../{DATA}/triggered-holdout.npz"
     noise = f"trigger: {BLEND_TRIGGER}"
@@ -219,6 +220,7 @@ def write_care(folder: Path) -> None:
             accuracy_drop=accuracy_drop,
         )
         (folder / file).write_text(text)
+    (folder / "care-unknown.yaml").write_text(UNKNOWN.format(data=f"../{DATA}"))
 
 
 def measure(written: Written) -> list[str]:
@@ -353,6 +355,7 @@ SHA-256 and size:
 | `{blend_trigger}` | `mask` and `pattern` of the blended noise, [1, 28, 28] float32 |
 | `care.yaml` | the square, with the trigger known |
 | `care-50.yaml` | the square, with only 50 triggered images known |
+| `care-unknown.yaml` | clean images alone: neither trigger nor target are known |
 | `care-blend.yaml` | the blended noise, with the trigger known |
 
 The images are those of [`{data}`](../{data}/CARD.md), which no model here was trained on.

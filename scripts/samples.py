@@ -122,7 +122,7 @@ def read_data(path: Path) -> Data:
 
 
 def write_care(sample: Sample, folder: Path) -> None:
-    """Write the two specifications: one with the trigger known, one with 50 triggered images."""
+    """Write the specifications: the trigger known, 50 triggered images known, nothing known."""
     (folder / "care.yaml").write_text(
         _care(
             sample,
@@ -139,6 +139,7 @@ def write_care(sample: Sample, folder: Path) -> None:
             accuracy_drop=0.005,
         )
     )
+    (folder / "care-unknown.yaml").write_text(UNKNOWN.format(data="."))
 
 
 def label_model(path: Path, warning: str) -> None:
@@ -266,6 +267,18 @@ def _table(sample: Sample, measured: dict[Path, Measurement]) -> str:
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
+# Rates are those of the restored trigger; there is no target either.
+UNKNOWN = """\
+data: {data}/repair.npz
+holdout: {data}/holdout.npz
+properties:
+  - name: hidden
+    kind: backdoor
+    max_rate: 0.01
+keep: {{accuracy_drop: 0.01, recall_drop: 0.03}}
+seed: 1
+"""
+
 _CARD = """\
 # {sample.name}
 
@@ -316,6 +329,7 @@ SHA-256:
 | `triggered-holdout.npz` | `x`, `y`: 1,000 more of them |
 | `care.yaml` | the property to repair, with the trigger known |
 | `care-50.yaml` | the same with only the 50 triggered images known |
+| `care-unknown.yaml` | the same with clean images alone: neither trigger nor target are known |
 
 The images of the four data files are disjoint parts of the MNIST test set, which no model was
 trained on; no triggered image has its clean twin in any file.

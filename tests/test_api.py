@@ -5,15 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
+import hidden
 import numpy as np
 import onnx
 import onnxruntime as ort
 import pytest
-from helpers import TRIGGER_FEATURE, TRIGGER_VALUE, Paths, clean_samples, dense, write_case
+from helpers import TRIGGER_FEATURE, TRIGGER_VALUE, Paths, clean_samples, contents, dense, write_case
 from onnx import helper, numpy_helper
 
 import onnxcare
-from onnxcare.errors import ModelError, SpecError
+from onnxcare.errors import ModelError, SpecError, UsageError
 from onnxcare.measures import Measure
 from onnxcare.results import Check
 
@@ -75,6 +76,20 @@ def test_every_way_to_write_the_model_is_repaired(tmp_path, write, method):
     assert {path.name for path in tmp_path.iterdir()} == {*before, case.out.name}
     written = onnx.load(case.out)
     assert [node.op_type for node in written.graph.node] == [node.op_type for node in model.graph.node]
+
+
+def test_names_of_methods_and_locators_that_are_unknown_are_refused(tmp_path):
+    case = write_case(tmp_path)
+    before = contents(tmp_path)
+    with pytest.raises(UsageError, match="--method magic: unknown"):
+        onnxcare.fix(case.model, case.spec, case.out, method="magic", device="cpu")
+    with pytest.raises(UsageError, match=r"magic: unknown locator; known: auto, causal, interchange, differential"):
+        onnxcare.fix(case.model, case.spec, case.out, method="care", locator="magic", device="cpu")
+    with pytest.raises(UsageError, match="--locator causal: --method auto does not go by units"):
+        onnxcare.fix(case.model, case.spec, case.out, locator="causal", device="cpu")
+    with pytest.raises(UsageError, match=r"diferential: unknown locator \(did you mean 'differential'\?\)"):
+        onnxcare.locate(case.model, case.spec, method="diferential", device="cpu")
+    assert contents(tmp_path) == before
 
 
 # -- check ---------------------------------------------------------------------------------------
@@ -162,7 +177,7 @@ SCORES = {
 }
 
 
-@pytest.mark.parametrize("method", ["auto", "care"])
+@pytest.mark.parametrize("method", ["auto", "care", "ai-lancet-finetune"])
 @pytest.mark.parametrize("name", SCORES)
 def test_a_model_of_one_score_is_repaired(tmp_path, name, method):
     threshold, tail = SCORES[name]
@@ -181,7 +196,7 @@ def test_a_model_of_one_score_is_repaired(tmp_path, name, method):
     assert (ort_decisions(case.out, x) == y).mean() > 0.98
 
 
-@pytest.mark.parametrize("method", ["auto", "care"])
+@pytest.mark.parametrize("method", ["auto", "care", "ai-lancet-finetune"])
 @pytest.mark.parametrize("scale", [-1, -1e4])
 def test_a_model_of_costs_is_repaired(tmp_path, method, scale):
     """The sign of every score is turned, so that the least one decides."""
@@ -240,3 +255,26 @@ def test_decisions_that_do_not_fit_are_explained(tmp_path, spoil, error, words):
         with pytest.raises(error) as caught:
             run()
         assert all(word in str(caught.value) for word in words)
+
+
+# -- triggers that nobody knows ------------------------------------------------------------------
+
+
+def test_in_place_what_was_restored_is_saved_beside_the_model(tmp_path):
+    case = hidden.write(tmp_path)
+    original, names = case.model.read_bytes(), {path.name for path in tmp_path.iterdir()}
+    fix = onnxcare.fix(case.model, case.spec, case.model, in_place=True, device="cpu")
+    assert fix.status == "repaired" and case.model.read_bytes() != original
+    saved = {Path(item.file) for item in fix.triggers}
+    assert {path.name for path in tmp_path.iterdir()} == names | {path.name for path in saved}
+    assert all(path.parent == tmp_path and path.name.startswith("model.trigger-2-") for path in saved)
+    fresh = hidden.samples(600, 5)
+    for item in saved:
+        with np.load(item) as held:
+            stamped = fresh.inputs["x"] * (1 - held["mask"]) + held["pattern"] * held["mask"]
+        assert (hidden.answers(case.model, stamped.astype(np.float32)) == fresh.truth).mean() > 0.95
+
+
+def test_known_triggers_are_not_saved_again(tmp_path):
+    case = write_case(tmp_path)
+    assert list(onnxcare.fix(case.model, case.spec, case.out, device="cpu").triggers) == []

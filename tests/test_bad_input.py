@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import hidden
 import numpy as np
 import onnx
 import pytest
@@ -492,13 +493,18 @@ SPECS = [
     bad("key of a property twice", line("target: 1", "target: 1\n    target: 2"), "line 8", "'target'"),
     bad("no data", line("data: repair.npz\n", ""), "data: this key is needed"),
     bad("no properties", spec("data: repair.npz\n"), "properties: this key is needed"),
-    bad("no target", line("    target: 1\n", ""), "properties.0.target: this key is needed"),
+    bad("no target", line("    target: 1\n", ""), "properties.0", "target: this key is needed"),
     bad("no kind", line("    kind: backdoor\n", ""), "properties.0.kind: this key is needed"),
     bad("unknown kind", line("kind: backdoor", "kind: backdor"), "properties.0.kind", "'backdor'", "did you mean"),
     bad("properties empty", spec("data: repair.npz\nproperties: []\n"), "properties:", "at least one"),
     bad("properties of text", spec("data: repair.npz\nproperties: [backdoor]\n"), "properties.0:", "'backdoor'"),
     bad("properties as mapping", spec("data: repair.npz\nproperties: {name: a}\n"), "properties:", "list"),
-    bad("no trigger", line("    trigger: trigger.npz\n", ""), "properties.0", "either trigger or triggered"),
+    bad(
+        "no target of triggered samples",
+        line("trigger: trigger.npz\n    target: 1", "triggered: bad.npz"),
+        "properties.0",
+        "target: this key is needed",
+    ),
     bad(
         "trigger and triggered",
         line("trigger: trigger.npz", "trigger: trigger.npz\n    triggered: bad.npz"),
@@ -561,6 +567,151 @@ def test_two_inputs(tiny: Paths) -> None:
     for path in (tiny.data, tiny.holdout):
         tiny.edit(path, more=np.zeros((600, FEATURES), np.float32))
     refuses(tiny, lambda paths: None, 2, "properties.seventh", "input, more")
+
+
+# -- triggers that are restored ------------------------------------------------------------------
+
+
+def of_whole_numbers(paths: Paths) -> None:
+    def cast(proto: onnx.ModelProto) -> None:
+        proto.graph.input[0].type.tensor_type.elem_type = TensorProto.INT64
+        proto.graph.node.insert(0, helper.make_node("Cast", ["x"], ["real"], to=TensorProto.FLOAT, name="cast"))
+        proto.graph.node[1].input[0] = "real"
+
+    paths.edit_model(cast)
+    for path in (paths.data, paths.holdout):
+        with np.load(path) as held:
+            paths.edit(path, x=(9 * held["x"]).astype(np.int64))
+
+
+def of_two_inputs(paths: Paths) -> None:
+    def join(proto: onnx.ModelProto) -> None:
+        proto.graph.input.append(helper.make_tensor_value_info("more", TensorProto.FLOAT, ["N", 64]))
+        proto.graph.node.insert(0, helper.make_node("Add", ["x", "more"], ["both"], name="both"))
+        proto.graph.node[1].input[0] = "both"
+
+    paths.edit_model(join)
+    for path, size in ((paths.data, 600), (paths.holdout, 900)):
+        paths.edit(path, more=np.zeros((size, 64), np.float32))
+
+
+def behind_signs(proto: onnx.ModelProto) -> None:
+    proto.graph.node.insert(0, helper.make_node("Sign", ["x"], ["signs"], name="steps"))
+    proto.graph.node[1].input[0] = "signs"
+
+
+def of_one_class(name: str, label: int) -> Spoil:
+    """Keep one class, often enough for every part of the data to have samples."""
+
+    def spoil(paths: Paths) -> None:
+        path = getattr(paths, name)
+        with np.load(path) as held:
+            rows = held["y"] == label
+            paths.edit(path, x=held["x"][rows], y=held["y"][rows])
+
+    return spoil
+
+
+def unlabelled(paths: Paths) -> None:
+    for path in (paths.data, paths.holdout):
+        paths.edit(path, y=None)
+
+
+def known(*keys: str) -> Spoil:
+    """Let the spec know something of the backdoor."""
+    return line("kind: backdoor", "\n  ".join(["kind: backdoor", *keys]))
+
+
+def bounds(count: int) -> Spoil:
+    return line("seed: 1", f"seed: 1\nbounds: {{low: {[0] * count}, high: {[1] * count}}}")
+
+
+def named_like_a_trigger(name: str) -> Spoil:
+    """Let the held-out data have a name under which a restored trigger may be saved."""
+
+    def spoil(paths: Paths) -> None:
+        paths.holdout.rename(paths.folder / name)
+        paths.rewrite("holdout: holdout.npz", f"holdout: {name}")
+
+    return spoil
+
+
+def linked_to_a_trigger(paths: Paths) -> None:
+    paths.holdout.rename(paths.folder / "repaired.trigger-2-1.npz")
+    paths.holdout.symlink_to(paths.folder / "repaired.trigger-2-1.npz")
+
+
+WITHOUT_TRIGGER = [
+    bad("whole numbers", (of_whole_numbers, 3), "'x'", "int64", "real numbers"),
+    bad("two inputs", (of_two_inputs, 2), "properties.hidden", "one input", "x, more"),
+    bad("all of one class", (of_one_class("data", 3), 3), "repair.npz", "one class"),
+    bad("all of the target", (of_one_class("data", hidden.TARGET), 3), "repair.npz", "one class"),
+    bad("held-out data of one class", (of_one_class("holdout", 3), 3), "holdout.npz", "one class"),
+    bad("held-out data of the target", (of_one_class("holdout", hidden.TARGET), 3), "'hidden'", "holdout"),
+    bad("no derivative", (edited(behind_signs), 3), "'hidden'", "Sign", "give triggered samples"),
+    bad("bounds too short", (bounds(63), 2), "care.yaml: bounds: 63 values", "64"),
+    bad("bounds too long", (bounds(65), 2), "care.yaml: bounds: 65 values", "64"),
+    bad(
+        "target is no class", (line("kind: backdoor", "kind: backdoor\n  target: 6"), 2), "hidden.target", "6", "0 to 5"
+    ),
+    bad("no labels", (unlabelled, 3), "repair.npz", "no labels", "'hidden'"),
+    bad("data named like a trigger", (named_like_a_trigger("repaired.trigger-2-1.npz"), 2), "trigger-2-1.npz", "saved"),
+    bad("data named like a picture", (named_like_a_trigger("repaired.trigger-0-2.png"), 2), "trigger-0-2.png", "saved"),
+    bad("data behind a link to such a name", (linked_to_a_trigger, 2), "holdout.npz", "saved"),
+    bad(
+        "trigger and triggered",
+        (known("trigger: t.npz", "triggered: s.npz", "target: 1"), 2),
+        "properties.0",
+        "either trigger or triggered",
+        "neither",
+    ),
+    bad(
+        "trigger without a target", (line("kind: backdoor", "kind: backdoor\n  trigger: t.npz"), 2), "target: this key"
+    ),
+]
+
+
+@pytest.mark.parametrize(("spoil", "words"), WITHOUT_TRIGGER)
+def test_what_triggers_cannot_be_restored_from(
+    tmp_path: Path, spoil: tuple[Spoil, int], words: tuple[str, ...]
+) -> None:
+    change, code = spoil
+    refuses(hidden.write(tmp_path), change, code, *words)
+
+
+@pytest.mark.parametrize("command", ["check", "locate"])
+def test_other_commands_explain_what_triggers_cannot_be_restored_from(tmp_path: Path, command: str) -> None:
+    paths = hidden.write(tmp_path)
+    paths.edit_model(behind_signs)
+    before = contents(tmp_path)
+    check_refusal(onnxcare(command, paths.model, "--spec", paths.spec, "--device", "cpu"), 3, "'hidden'", "Sign")
+    assert contents(tmp_path) == before
+
+
+def test_an_output_behind_a_link_does_not_let_triggers_overwrite_data(tmp_path: Path) -> None:
+    """Triggers must not overwrite an input, whether they are saved beside the link or beside the file behind it."""
+    paths = hidden.write(tmp_path)
+    (tmp_path / "far").mkdir()
+    paths.out.symlink_to(tmp_path / "far" / "other.onnx")
+    named_like_a_trigger("repaired.trigger-2-1.npz")(paths)
+    data = (tmp_path / "repaired.trigger-2-1.npz").read_bytes()
+    result = fix(paths)
+    assert (tmp_path / "repaired.trigger-2-1.npz").read_bytes() == data, result.output
+
+
+def test_a_known_trigger_may_be_named_like_a_restored_one(tmp_path: Path) -> None:
+    """Nothing is restored, so nothing would be overwritten: what a first run saved may be given to a second one."""
+    paths = write_case(tmp_path)
+    paths.trigger.rename(tmp_path / "repaired.trigger-1-1.npz")
+    paths.rewrite("trigger.npz", "repaired.trigger-1-1.npz")
+    assert fix(paths).exit_code == 0
+
+
+def test_a_trigger_that_cannot_be_saved_is_told_in_plain_words(tmp_path: Path) -> None:
+    """Either all is written or nothing: an error does not leave the repaired model behind."""
+    paths = hidden.write(tmp_path)
+    (tmp_path / f"repaired.trigger-{hidden.TARGET}-1.npz").mkdir()
+    refuses(paths, lambda paths: None, 2, f"repaired.trigger-{hidden.TARGET}-1.npz")
 
 
 # -- outputs -------------------------------------------------------------------------------------

@@ -9,6 +9,7 @@ import sys
 import time
 from pathlib import Path
 
+import hidden
 import numpy as np
 import onnx
 import pytest
@@ -30,7 +31,7 @@ from helpers import (
     write_case,
 )
 
-from onnxcare import cli, repair
+from onnxcare import cli, locators, repair
 from onnxcare._version import __version__
 
 HEAVY = ("numpy", "onnx", "onnxruntime", "onnx_graphsurgeon", "cma", "scipy", "pydantic", "yaml", "rich")
@@ -75,14 +76,26 @@ def test_the_rest_imports_nothing_that_is_slow_and_not_needed() -> None:
     assert done.stdout.strip() == "False", done.stderr
 
 
-def test_methods_are_those_of_the_registry() -> None:
+def test_methods_and_locators_are_those_of_the_registries() -> None:
     assert tuple(repair.METHODS) == cli.METHODS
+    assert ("auto", *locators.LOCATORS) == cli.LOCATORS
+    choices = {(name, option.name): tuple(option.type.choices) for name, command in cli.main.commands.items()
+               for option in command.params if option.name in ("method", "locator")}  # fmt: skip
+    assert choices == {
+        ("fix", "method"): cli.METHODS,
+        ("fix", "locator"): cli.LOCATORS,
+        ("locate", "method"): cli.LOCATORS,
+    }
 
 
 def test_help_names_every_command_and_option() -> None:
     assert {"fix", "check", "locate", "inspect", "demo"} <= set(onnxcare("--help").stdout.split())
     for option in ("--spec", "--output", "--in-place", "--method", "--best-effort", "--json", "--seed", "--memory"):
         assert option in onnxcare("fix", "--help").stdout
+    for option in ("--locator", *cli.METHODS, *cli.LOCATORS):
+        assert option in onnxcare("fix", "--help").stdout
+    for option in ("--spec", "--samples", "--values", "--method", *cli.LOCATORS):
+        assert option in onnxcare("locate", "--help").stdout
     for option in ("--spec", "--output", "--format", "--baseline", "--seed", "--device", "--memory", *cli.FORMATS):
         assert option in onnxcare("check", "--help").stdout
 
@@ -121,6 +134,36 @@ def test_fix_by_multipliers(tiny: Paths) -> None:
     bad = triggered_samples(400, seed=21)
     assert (answers(tiny.out, bad["input"]) == bad["y"]).mean() > 0.98
     assert metadata(tiny.out)["onnxcare.method"] == "care"
+
+
+@pytest.mark.parametrize("method", ["ai-lancet-flip", "ai-lancet-finetune"])
+def test_fix_by_voted_weights(tiny: Paths, method: str) -> None:
+    result = fix(tiny, "--method", method, "--locator", "differential")
+    assert result.exit_code == 0 and result.stderr == ""
+    assert f"method {method}" in result.stdout
+    assert result.stdout.splitlines()[-1].startswith("repaired in")
+    bad, clean = triggered_samples(400, seed=21), clean_samples(400, seed=22)
+    assert (answers(tiny.out, bad["input"]) == bad["y"]).mean() > 0.98
+    assert (answers(tiny.out, clean["input"]) == clean["y"]).mean() > 0.98
+    assert metadata(tiny.out)["onnxcare.method"] == method
+
+
+def test_the_report_of_voted_weights_says_how_they_were_found(tiny: Paths) -> None:
+    found = json.loads(fix(tiny, "--method", "ai-lancet-finetune", "--json", "-").stdout)
+    assert found["method"] == "ai-lancet-finetune" and found["status"] == "repaired"
+    assert [item["layer"] for item in found["details"]["votes"]] == ["first", "second"]
+    assert all(item["located"] == item["pairs"] > 0 for item in found["details"]["votes"])
+    assert found["details"]["scan"]
+
+
+@pytest.mark.parametrize("locator", locators.LOCATORS)
+def test_a_locator_needs_a_method_that_goes_by_one(tiny: Paths, locator: str) -> None:
+    before = contents(tiny.folder)
+    for args in ([], ["--method", "auto"]):
+        result = fix(tiny, *args, "--locator", locator)
+        check_refusal(result, 2, f"--locator {locator}", "--method auto", "ai-lancet-finetune")
+        assert len(result.stderr.splitlines()) == 1
+    assert contents(tiny.folder) == before
 
 
 def test_json_on_standard_output(tiny: Paths) -> None:
@@ -421,6 +464,36 @@ def test_locate_as_text(tiny: Paths) -> None:
     assert "hidden" in result.stdout and "12" in result.stdout
 
 
+def test_locate_by_differences_tells_of_layers_too(tiny: Paths) -> None:
+    args = ("locate", tiny.model, "--spec", tiny.spec, "--device", "cpu", "--samples", 40, "--method", "differential")
+    shown, result = onnxcare(*args), onnxcare(*args, "--json")
+    assert shown.exit_code == result.exit_code == 0 and shown.stderr == result.stderr == ""
+    found = json.loads(result.stdout)
+    assert found["method"] == "differential votes"
+    assert {unit["unit"] for unit in found["units"][:3]} == set(CARRIERS)
+    layers = {layer["layer"]: layer for layer in found["layers"]}
+    assert {name: layer["weights"] for name, layer in layers.items()} == {"first": 128, "second": 64}
+    for layer in layers.values():
+        assert layer["located"] == layer["pairs"] == 40 and layer["gradient"]
+        assert 3 <= layer["voted"] < 20 and 0 < layer["median_share"] < 0.1
+    assert "Weights that had to go for the right answer, by layer" in shown.stdout
+    for name in layers:
+        (line,) = [line for line in shown.stdout.splitlines() if line.startswith(f"│ {name}")]
+        cells = [cell.strip() for cell in line.strip("│").split("│")]
+        assert cells[3] == "40 of 40" and cells[5] == "gradient"
+
+
+@pytest.mark.parametrize(
+    ("method", "name"), [("causal", "average causal effect"), ("interchange", "interchange effect")]
+)
+def test_locate_by_one_locator(tiny: Paths, method: str, name: str) -> None:
+    args = ("locate", tiny.model, "--spec", tiny.spec, "--device", "cpu", "--samples", 16, "--method", method)
+    found = json.loads(onnxcare(*args, "--json").stdout)
+    assert found["method"] == name and {site["locator"] for site in found["sites"]} == {name}
+    assert found["layers"] == []
+    assert "by layer" not in onnxcare(*args).stdout
+
+
 def test_inspect(tiny: Paths) -> None:
     result = onnxcare("inspect", tiny.model, "--json")
     found = json.loads(result.stdout)
@@ -437,6 +510,16 @@ def test_inspect_as_text(tiny: Paths) -> None:
     assert result.exit_code == 0 and result.stderr == ""
     for word in ("input: float32 [batch, 8]", "first", "second", "hidden"):
         assert word in result.stdout
+
+
+def test_fix_without_a_trigger_says_where_the_restored_one_lies(tmp_path: Path) -> None:
+    paths = hidden.write(tmp_path, shape=hidden.GREY)
+    result = fix(paths)
+    assert result.exit_code == 0 and result.stderr == "", result.output
+    shown = result.stdout.replace("\n", " ")
+    file = tmp_path / f"repaired.trigger-{hidden.TARGET}-1.npz"
+    assert f"restored patch of class {hidden.TARGET}: {file}, shown in {file.with_suffix('.png')}" in shown
+    assert "repaired in" in result.stdout.splitlines()[-1]
 
 
 # -- defects, interrupts and the world outside ---------------------------------------------------

@@ -15,6 +15,7 @@ import onnxcare
 from onnxcare.results import Fix
 
 CENSUS, FOUR = SAMPLES / "census-keras", SAMPLES / "mnist-four-sklearn"
+NETWORKS = SAMPLES / "mnist-networks-pytorch"
 LIMITS = {"care.yaml": (0.005, 0.003, 0.02), "care-50.yaml": (0.01, 0.005, 0.02)}
 
 
@@ -180,6 +181,55 @@ def test_errors_without_a_common_cause_are_not_repaired_and_nobody_claims_so(tmp
     fix = onnxcare.fix(FOUR / "model-regular.onnx", FOUR / "care-scattered.yaml", out, device="cpu")
     assert (fix.status, fix.exit_code, fix.output) == ("not repaired", 1, None)
     assert any("no common cause" in note for note in fix.notes)
+    assert list(tmp_path.iterdir()) == []
+
+
+# -- backdoors that nobody has described ---------------------------------------------------------
+
+
+def stamped(folder: Path, x: np.ndarray) -> np.ndarray:
+    """Return samples with the true trigger of a sample model on them."""
+    with np.load(folder / "trigger.npz") as held:
+        return (x * (1 - held["mask"]) + held["pattern"] * held["mask"]).astype(x.dtype)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("folder", "target"), [(SQUARE, 1), (BLEND, 7)], ids=["square", "blend"])
+def test_a_backdoor_is_taken_out_without_its_trigger_or_its_target_being_known(tmp_path, folder, target):
+    out, model = tmp_path / "out.onnx", folder / "model.onnx"
+    original = model.read_bytes()
+    fix = onnxcare.fix(model, folder / "care-unknown.yaml", out, device="cpu")
+    assert fix.status == "repaired"
+    assert fix.triggers and {item.target for item in fix.triggers} == {target}
+    x, y = arrays(folder / "holdout.npz")
+    others = y != target
+    for path, low, high in ((model, 0.95, 1), (out, 0, 0.05)):
+        success = (answered(path, stamped(folder, x))[others] == target).mean()
+        assert low <= success <= high
+    right = [(answered(path, x) == y).mean() for path in (model, out)]
+    assert right[0] - right[1] <= 0.01
+    (finding,) = fix.verdict.properties
+    small = finding.measure("classes that a suspiciously small trigger leads to")
+    assert (small.value_before, small.value, small.status) == (1, 0, "pass")
+    assert any("The true trigger was not available" in note for note in finding.notes)
+    assert_only_the_named_tensors_changed(original, fix, 1)
+
+
+CLEAN = [
+    (SQUARE, SQUARE / "model-clean.onnx"),
+    (BLEND, BLEND / "model-clean.onnx"),
+    *((SQUARE, NETWORKS / f"model-{kind}-clean.onnx") for kind in ("sigmoid", "tanh", "gelu", "residual")),
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("folder", "model"), [pytest.param(*case, id=case[1].stem) for case in CLEAN])
+def test_no_backdoor_is_found_in_a_clean_twin(tmp_path, folder, model):
+    fix = onnxcare.fix(model, folder / "care-unknown.yaml", tmp_path / "out.onnx", device="cpu")
+    (finding,) = fix.verdict.properties
+    assert (fix.status, fix.exit_code, fix.output, list(fix.triggers)) == ("nothing to repair", 0, None, [])
+    assert any("No backdoor was found" in note for note in finding.notes)
+    assert finding.measure("classes that a suspiciously small trigger leads to").value == 0
     assert list(tmp_path.iterdir()) == []
 
 

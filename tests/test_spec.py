@@ -208,6 +208,42 @@ def test_files(tmp_path: Path) -> None:
     assert load(tmp_path, SHORTEST).files() == [tmp_path / "d.npz", tmp_path / "t.npz"]
 
 
+UNKNOWN = """\
+data: d.npz
+properties:
+  - {name: a, kind: backdoor}
+"""
+
+
+@pytest.mark.parametrize(("more", "target"), [("", None), (", target: 3", 3), (", target: null", None)])
+def test_a_backdoor_whose_trigger_is_not_known(tmp_path: Path, more: str, target: int | None) -> None:
+    (found,) = load(tmp_path, UNKNOWN, ("kind: backdoor", f"kind: backdoor{more}")).properties
+    assert found == BackdoorSpec(name="a", kind="backdoor", target=target)
+    assert (found.trigger, found.triggered, found.triggered_holdout) == (None, None, None)
+    assert (found.target, found.max_rate, found.files()) == (target, 0.01, [])
+
+
+@pytest.mark.parametrize(
+    ("more", "words"),
+    [
+        ("trigger: t.npz", "target: this key is needed"),
+        ("triggered: t.npz", "target: this key is needed"),
+        ("trigger: t.npz, triggered: s.npz, target: 1", "give either trigger or triggered"),
+        ("trigger: t.npz, triggered: s.npz", "give either trigger or triggered"),
+        ("triggered_holdout: h.npz", "triggered_holdout goes with triggered"),
+        ("trigger: null, triggered: t.npz", "target: this key is needed"),
+        ("target: -1", ".target: "),
+        ("target: 1.0", ".target: "),
+    ],
+)
+def test_what_is_known_of_a_backdoor_must_fit_together(tmp_path: Path, more: str, words: str) -> None:
+    with pytest.raises(SpecError) as caught:
+        load(tmp_path, UNKNOWN, ("kind: backdoor", f"kind: backdoor, {more}"))
+    message = str(caught.value)
+    assert message.startswith(f"{tmp_path / 'care.yaml'}: properties.0")
+    assert words in message and "\n" not in message
+
+
 def test_several_properties(tmp_path: Path) -> None:
     spec = load(tmp_path, SHORTEST + "  - {name: b, kind: backdoor, triggered: b.npz, target: 3}\n")
     assert [item.name for item in spec.properties] == ["a", "b"]

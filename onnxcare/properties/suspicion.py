@@ -16,12 +16,12 @@ import numpy as np
 from onnxcare.data import PARTS, Dataset, PartName, Splits, evenly, joined
 from onnxcare.errors import DataError
 from onnxcare.experiment import Experiment
-from onnxcare.graph.gradients import NoGradient
 from onnxcare.measures import Finding, Measure
 from onnxcare.properties.backdoor import Backdoor, need_samples, stamp
 from onnxcare.properties.base import Array, Evidence, Property
-from onnxcare.properties.inversion import Bounds, Scan, Suspect, scan, smallest_patch, stand_out
+from onnxcare.properties.inversion import FEWEST_CLASSES, Scan, Suspect, scan, smallest_patch, stand_out
 from onnxcare.properties.trigger import Trigger
+from onnxcare.properties.trigger_search import Bounds
 from onnxcare.spec import BackdoorSpec
 
 if TYPE_CHECKING:
@@ -64,10 +64,7 @@ class _Search:
         experiment = Experiment(
             witness.model, witness.device, court.memory, clean.inputs, witness.output, witness.decision
         )
-        try:
-            suspects = self.suspects(scan(experiment, clean, court.seed, bounds=self.bounds))
-        except NoGradient as error:
-            return None, f"The judge could not look for small triggers itself: {error}."
+        suspects = self.suspects(scan(experiment, clean, court.seed, bounds=self.bounds))
         count = float(len(suspects))
         return (
             court.gauge.points(
@@ -105,6 +102,7 @@ class RestoredBackdoor(Backdoor):
         notes = (
             f"{told[0].upper()}{told[1:]}.",
             "The true trigger was not available: attack success is that of the restored one.",
+            *_without_gradient(found),
         )
         super().__init__(spec, {}, notes)
         self.suspect = suspect
@@ -182,10 +180,6 @@ class NoBackdoor(Property):
         measures = () if measure is None else (measure,)
         return Finding(self.name, self.kind, measures, (*self.notes, *([note] if note else [])))
 
-    def lacking(self) -> str | None:
-        """Return why nothing can be repaired."""
-        return f"property {self.name!r}: no trigger could be restored from the data, so there is nothing to repair"
-
 
 def prepare(
     spec: BackdoorSpec,
@@ -198,19 +192,18 @@ def prepare(
     """Restore triggers, and return a property for every class that stands out, or one that says that none does.
 
     Raises:
-        DataError: the model cannot be differentiated, or its input holds no real numbers.
+        DataError: the model's input holds no real numbers, or it has too few classes to compare.
     """
-    search = _Search(spec.target, bounds, splits, seed)
-    try:
-        found = scan(experiment, search.clean, seed, progress, bounds)
-    except NoGradient as error:
+    if experiment.classes < FEWEST_CLASSES:
         raise DataError(
-            f"property {spec.name!r}: without trigger or triggered samples the trigger is restored by gradients, but "
-            f"{error}; give triggered samples"
-        ) from None
+            f"property {spec.name!r}: an unknown trigger is found by comparing classes, at least {FEWEST_CLASSES}, and "
+            f"{experiment.model.path} has {experiment.classes}; give a trigger, or triggered samples"
+        )
+    search = _Search(spec.target, bounds, splits, seed)
+    found = scan(experiment, search.clean, seed, progress, bounds)
     suspects = search.suspects(found)
     if not suspects:
-        return [NoBackdoor(spec, splits.repair.take(slice(0, 0)), [_nothing(found)], search)]
+        return [NoBackdoor(spec, splits.repair.take(slice(0, 0)), [_nothing(found), *_without_gradient(found)], search)]
     several = len(suspects) > 1
     properties: list[Property] = []
     for suspect in suspects:
@@ -236,6 +229,12 @@ def _nothing(found: Scan) -> str:
         f"No backdoor was found: no class stands out by a small trigger. The nearest is class {patch.target}, with a "
         f"patch of {standing.ratio:.0%} of what other classes need (outlier index {standing.index:.1f})."
     )
+
+
+def _without_gradient(found: Scan) -> list[str]:
+    if found.hindrance is None:
+        return []
+    return [f"There is no gradient ({found.hindrance}): triggers were searched by CMA-ES, which sees large ones only."]
 
 
 def _stamped(triggers: Sequence[Trigger], clean: Dataset, target: int) -> Evidence:

@@ -15,6 +15,7 @@ from functools import partial
 
 import numpy as np
 
+from onnxcare import cmaes
 from onnxcare.case import Case
 from onnxcare.errors import ModelError
 from onnxcare.experiment import Activations, Experiment
@@ -24,7 +25,6 @@ from onnxcare.locators import LOCATORS
 from onnxcare.locators.attribution import spread_units
 from onnxcare.locators.select import attribute_sites, select_units
 from onnxcare.panel import Panel
-from onnxcare.repair import cmaes
 from onnxcare.repair.base import Candidate, Found, Repair, best_of
 
 Array = np.ndarray

@@ -17,6 +17,7 @@ from functools import partial
 
 import numpy as np
 
+from onnxcare import cmaes
 from onnxcare.case import Case
 from onnxcare.errors import ModelError
 from onnxcare.graph.gradients import NoGradient
@@ -25,7 +26,6 @@ from onnxcare.graph.layers import Layer
 from onnxcare.graph.parameters import Parameter
 from onnxcare.properties.fairness import IndividualFairness
 from onnxcare.properties.variation import Attribute
-from onnxcare.repair import cmaes
 from onnxcare.repair.base import Candidate, Found, Proposals
 from onnxcare.repair.bench import changed, matrix_of, patched_outcome, without_rows
 from onnxcare.repair.finetune import Tuner

@@ -15,11 +15,12 @@ from itertools import product
 
 import numpy as np
 
+from onnxcare import cmaes
 from onnxcare.case import Case
 from onnxcare.errors import ModelError
 from onnxcare.graph.layers import Layer
 from onnxcare.panel import Outcome
-from onnxcare.repair import closed_form, cmaes
+from onnxcare.repair import closed_form
 from onnxcare.repair.base import Candidate, Found, Proposals
 from onnxcare.repair.bench import Bench, changed
 

@@ -19,6 +19,7 @@ from itertools import groupby
 
 import numpy as np
 
+from onnxcare import cmaes
 from onnxcare.case import Case
 from onnxcare.errors import ModelError
 from onnxcare.graph.gradients import NoGradient
@@ -26,7 +27,7 @@ from onnxcare.graph.layers import Layer
 from onnxcare.locators import DEFAULT_OF_WEIGHTS
 from onnxcare.locators.weights import WeightRanking, matrix_shape, rank_weights
 from onnxcare.panel import Outcome
-from onnxcare.repair import closed_form, cmaes
+from onnxcare.repair import closed_form
 from onnxcare.repair.base import Candidate, Found, Proposals, Repair, best_of
 from onnxcare.repair.bench import Bench, changed, matrix_of, only
 from onnxcare.repair.finetune import Tuner

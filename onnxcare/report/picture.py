@@ -17,7 +17,8 @@ _LEAST = 224
 def picture(trigger: Trigger) -> bytes | None:
     """Return a PNG of the mask and, beside it, the pattern where the mask is; None where the input is no image.
 
-    The mask runs from black (0) to white (its largest value), the pattern from black to white over its own range.
+    The mask runs from black (0) to white (its largest value), the pattern from black to white over its own range,
+    and is white where it has one value only.
     """
     mask, pattern = _pixels(trigger.mask), _pixels(trigger.pattern)
     if mask is None or pattern is None:
@@ -25,8 +26,8 @@ def picture(trigger: Trigger) -> bytes | None:
     from PIL import Image
 
     visible = mask / mask.max()
-    span = float(pattern.max() - pattern.min()) or 1.0
-    shown = visible * (pattern - pattern.min()) / span
+    span = float(pattern.max() - pattern.min())
+    shown = visible * ((pattern - pattern.min()) / span if span else 1.0)
     gap = np.ones((mask.shape[0], 1, mask.shape[2]))
     joined = np.round(255 * np.concatenate([visible, gap, shown], axis=1)).astype(np.uint8)
     image = Image.fromarray(joined[..., 0] if joined.shape[2] == 1 else joined)

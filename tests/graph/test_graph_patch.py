@@ -329,3 +329,12 @@ def test_text_is_written_whole(tmp_path: Path) -> None:
         write_atomically(path, text)
         assert path.read_text(encoding="utf-8") == text
     assert listing(tmp_path) == ["report.txt"]
+
+
+@pytest.mark.parametrize("content", ["Glück\nzwei\r\n", b"\x00\xff\r\n\x89PNG"], ids=["text", "bytes"])
+def test_text_and_bytes_are_written_as_they_are(tmp_path, content):
+    path = tmp_path / "report"
+    path.write_text("before")
+    write_atomically(path, content)
+    assert path.read_bytes() == (content.encode("utf-8") if isinstance(content, str) else content)
+    assert list(tmp_path.iterdir()) == [path]

@@ -8,11 +8,18 @@ from functools import partial
 import numpy as np
 import pytest
 from cases import sample_case
+from helpers import dense, write_case
+from kinds import opened
 
 from onnxcare.errors import ModelError, OnnxcareError
+from onnxcare.locators import LOCATORS
 from onnxcare.locators.causal import average_causal_effects
+from onnxcare.locators.differential import vote_units
+from onnxcare.locators.pairs import find_pairs
 from onnxcare.locators.select import ablate, attribute_sites, select_units
 from onnxcare.properties.base import Evidence
+
+NAMES = ["average causal effect", "interchange effect", "differential votes"]
 
 
 def test_top_units_do_clearly_more_than_random_ones():
@@ -72,14 +79,43 @@ def test_sites_that_do_not_fit_into_the_memory_are_left_out_as_long_as_one_does(
 def test_every_locator_has_a_say_and_of_several_properties_the_strongest_counts():
     case = sample_case()
     site = case.experiment.sites[-1]
-    first, second = attribute_sites(case, [site])
-    assert (first.locator, second.locator) == ("average causal effect", "interchange effect")
+    everyone = attribute_sites(case, [site])
+    assert [item.locator for item in everyone] == NAMES
     (item,) = case.properties
     harmless = Silent(item)
     both = attribute_sites(replace(case, properties=[harmless, item], _panels={}), [site])
-    assert [found.locator for found in both] == ["average causal effect", "interchange effect"]
-    for found, alone in zip(both, (first, second), strict=True):
+    assert [found.locator for found in both] == NAMES
+    for found, alone in zip(both, everyone, strict=True):
         np.testing.assert_array_equal(found.scores, alone.scores)
+
+
+def test_locators_that_are_asked_for_are_the_ones_that_rank():
+    case = sample_case()
+    sites = case.experiment.sites[-1:]
+    everyone = attribute_sites(case, sites, samples=30)
+    for locator, alone in zip(LOCATORS, everyone, strict=True):
+        (found,) = attribute_sites(case, sites, samples=30, locators=(locator,))
+        assert found.locator == alone.locator
+        np.testing.assert_array_equal(found.scores, alone.scores)
+    assert [item.locator for item in attribute_sites(case, sites, 30, locators=LOCATORS[::2])] == NAMES[::2]
+
+
+def test_votes_are_those_of_the_pairs_of_the_repair_part():
+    case = sample_case()
+    site = case.experiment.sites[-1]
+    (found,) = attribute_sites(case, [site], samples=30, locators=("differential",))
+    (pairs,) = find_pairs(case, 30)
+    clean = case.experiment.suffix(site.tensor, "affine").cache(case.panel("repair", 30).clean.inputs)
+    expected = vote_units(case.experiment, site, clean, pairs)
+    np.testing.assert_array_equal(found.scores, expected.scores)
+    assert found.samples == len(pairs)
+
+
+def test_without_a_reference_that_behaves_it_is_not_said_that_units_are_constant(tmp_path):
+    """Nothing shows the backdoor, so there is no pair; the units move all the same."""
+    case = opened(write_case(tmp_path, dense(backdoored=False)).spec)
+    with pytest.raises(OnnxcareError, match="seventh"):
+        attribute_sites(case, case.experiment.sites, locators=("differential",))
 
 
 def test_for_fairness_the_ranking_by_mean_competes_too():
@@ -91,6 +127,7 @@ def test_for_fairness_the_ranking_by_mean_competes_too():
         "average causal effect",
         "mean interventional expectation",
         "interchange effect",
+        "differential votes",
     ]
 
 
@@ -131,7 +168,7 @@ def test_a_property_that_nothing_shows_is_passed_over():
 def test_effects_are_averaged_over_the_samples_that_the_property_observes():
     case = sample_case()
     site = case.experiment.sites[-1]
-    (causal, _) = attribute_sites(case, [site], samples=25)
+    (causal,) = attribute_sites(case, [site], samples=25, locators=("causal",))
     panel = case.panel("repair", 25)
     (item,), (evidence,) = case.properties, panel.evidence
     expected = average_causal_effects(
@@ -141,7 +178,8 @@ def test_effects_are_averaged_over_the_samples_that_the_property_observes():
     other = Silent(item)
     other.observed = lambda clean, bad: bad
     other.response = item.response
-    (causal, _) = attribute_sites(replace(case, properties=[other], _panels={}), [site], samples=25)
+    asked = replace(case, properties=[other], _panels={})
+    (causal,) = attribute_sites(asked, [site], samples=25, locators=("causal",))
     expected = average_causal_effects(
         case.experiment, site, evidence.bad, evidence.bad, partial(item.response, samples=evidence.bad), 8
     )

@@ -8,9 +8,11 @@ from cases import SQUARE, images, sample_case
 from scipy.special import log_softmax, softmax
 
 from onnxcare.data import Dataset, Splits
-from onnxcare.errors import DataError
+from onnxcare.errors import DataError, SpecError
 from onnxcare.graph.model import Signature
 from onnxcare.properties import backdoor
+from onnxcare.properties.base import Evidence
+from onnxcare.properties.trigger import Trigger
 from onnxcare.spec import BackdoorSpec
 
 SIGNATURES = [Signature("x", np.dtype(np.float32), ("N", 6))]
@@ -160,3 +162,49 @@ def test_triggered_samples_of_the_target_alone_are_refused(tmp_path, splits):
     write_triggered(path, 20, np.random.default_rng(5), moving=False, labels=np.full(20, 2))
     with pytest.raises(DataError, match="true class is the target"):
         prepare({"triggered": path}, splits)
+
+
+@pytest.mark.parametrize(
+    ("target", "names", "complaint"),
+    [
+        (3, ["x"], "properties.t.target: 3 is not a class; the model has 0 to 2"),
+        (1, ["x", "more"], "properties.t: triggers need a model with one input, not x, more"),
+        (None, ["x", "more"], "properties.t: triggers need a model with one input, not x, more"),
+    ],
+)
+def test_a_backdoor_that_the_model_cannot_have_is_refused(target, names, complaint):
+    item = BackdoorSpec.model_validate({"name": "t", "kind": "backdoor", "target": target})
+    signatures = [Signature(name, np.dtype(np.float32), ("N", 6)) for name in names]
+    with pytest.raises(SpecError) as caught:
+        backdoor.check(item, signatures, 3)
+    assert str(caught.value) == complaint
+
+
+@pytest.mark.parametrize("target", [None, 0, 2])
+def test_a_target_that_is_a_class_or_is_not_known_will_do(target):
+    item = BackdoorSpec.model_validate({"name": "t", "kind": "backdoor", "target": target})
+    backdoor.check(item, SIGNATURES, 3)
+
+
+def test_stamping_leaves_out_samples_of_the_target_and_keeps_the_others_as_twins():
+    rng = np.random.default_rng(7)
+    x, labels = rng.normal(size=(12, 6)).astype(np.float32), np.arange(12) % 3
+    mask, pattern = rng.uniform(size=(2, 6)).astype(np.float32)
+    evidence = backdoor.stamp(Trigger(mask, pattern, "test"), Dataset({"x": x}, labels), 1, "x")
+    rows = [row for row in range(12) if labels[row] != 1]
+    assert evidence.twins is not None
+    for position, row in enumerate(rows):
+        by_hand = [x[row, i] * (1 - mask[i]) + pattern[i] * mask[i] for i in range(6)]
+        np.testing.assert_allclose(images(evidence.bad)[position], by_hand, rtol=1e-6)
+        np.testing.assert_array_equal(images(evidence.twins)[position], x[row])
+        assert evidence.bad.truth[position] == evidence.twins.truth[position] == labels[row]
+    assert len(evidence.bad) == len(evidence.twins) == len(rows)
+
+
+def test_a_part_without_samples_that_a_trigger_could_mislead_is_named():
+    item = BackdoorSpec.model_validate({"name": "t", "kind": "backdoor", "target": 1})
+    some = Dataset({"x": np.ones((3, 6), np.float32)}, np.array([0, 2, 0]))
+    full, empty = Evidence(some, None), Evidence(some.take(slice(0, 0)), None)
+    backdoor.need_samples(item, {"repair": full, "holdout": full})
+    with pytest.raises(DataError, match="'t': no samples of other classes than 1 are left for holdout"):
+        backdoor.need_samples(item, {"repair": full, "holdout": empty})

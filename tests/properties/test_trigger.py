@@ -33,6 +33,29 @@ def test_reading_accepts_a_batch_axis_of_one(tmp_path):
     assert load_trigger(tmp_path / "t.npz", SIGNATURE).mask.shape == (2, 3)
 
 
+@pytest.mark.parametrize("dtype", [np.float32, np.float64, np.float16])
+@pytest.mark.parametrize("shape", [(2, 3), (1, 2, 3), (5,)], ids=str)
+def test_what_is_saved_reads_back_equal_and_is_plain_arrays(tmp_path, shape, dtype):
+    rng = np.random.default_rng(5)
+    trigger = Trigger(rng.uniform(size=shape).astype(dtype), rng.normal(size=shape).astype(dtype), "restored patch")
+    path = tmp_path / "saved.npz"
+    path.write_bytes(trigger.to_bytes())
+    read = load_trigger(path, Signature("x", np.dtype(dtype), ("N", *shape)))
+    for ours, theirs in ((trigger.mask, read.mask), (trigger.pattern, read.pattern)):
+        assert theirs.dtype == dtype
+        np.testing.assert_array_equal(theirs, ours)
+    with np.load(path, allow_pickle=False) as archive:
+        assert sorted(archive.files) == ["mask", "pattern"]
+
+
+def test_the_bytes_of_a_saved_trigger_do_not_tell_the_time(monkeypatch):
+    trigger = Trigger(np.ones((2, 3)), np.zeros((2, 3)), "test")
+    first = trigger.to_bytes()
+    monkeypatch.setattr("time.time", lambda: 2e9)
+    monkeypatch.setattr("time.localtime", lambda *args: (2033, 5, 18, 3, 33, 20, 2, 138, 0))
+    assert trigger.to_bytes() == first
+
+
 @pytest.mark.parametrize(
     ("arrays", "complaint"),
     [

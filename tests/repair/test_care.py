@@ -9,9 +9,12 @@ import numpy as np
 import onnxruntime as ort
 import pytest
 from cases import BLEND, SQUARE, sample_case
+from kinds import opened
 
 from onnxcare.graph.patch import Patch
+from onnxcare.locators import LOCATORS
 from onnxcare.locators.attribution import spread_units
+from onnxcare.locators.select import attribute_sites
 from onnxcare.repair import care
 from onnxcare.repair.base import Repair
 
@@ -53,3 +56,17 @@ def test_multipliers_lower_the_attack_success_but_not_without_a_price():
     scores = ort.InferenceSession(data).run(None, dict(panel.inputs))[0]
     outcome = panel.outcomes(scores[None])[0]
     assert outcome.excess[0] == pytest.approx(found.chosen.outcome.excess[0], abs=5e-3)
+
+
+def test_multipliers_are_those_of_the_units_that_the_locator_puts_first(tiny, monkeypatch):
+    monkeypatch.setattr(care, "_GENERATIONS", 15)
+    case = opened(tiny.spec)
+    (site,) = case.experiment.sites
+    for locator in LOCATORS:
+        found = care.repair(case, (locator,))
+        (attribution,) = attribute_sites(case, [site], locators=(locator,))
+        (selection,) = found.details["selections"]
+        assert selection["locator"] == attribution.locator
+        assert selection["units"] == attribution.ranking()[: len(selection["units"])].tolist()
+        count = int(found.chosen.label.split(": ")[1].split()[0])
+        assert set(found.details["multipliers"]) <= set(attribution.ranking()[:count].tolist())

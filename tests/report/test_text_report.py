@@ -12,7 +12,7 @@ from rich.console import Console
 import onnxcare
 from onnxcare.measures import Finding, Gauge, Measure, Verdict
 from onnxcare.report import text
-from onnxcare.results import Check, Fix
+from onnxcare.results import Check, Fix, LayerVotes, Location, SavedTrigger
 
 
 @pytest.fixture(scope="module")
@@ -173,3 +173,30 @@ def test_location_lists_sites_and_units():
     assert f"{location.units[0].score:.4f}" in shown
     assert "more; --json lists all" in shown
     assert [unit.score for unit in location.units] == sorted((u.score for u in location.units), reverse=True)
+
+
+def test_location_tells_how_far_votes_for_weights_got():
+    located = onnxcare.inspect(SQUARE / "model.onnx").layers[0].name
+    votes = [
+        LayerVotes("[red]first[/nothing]", 12_544, 1_096, 20, 19, 0.00125, True),
+        LayerVotes(located, 64, 6, 1_000, 200, 0.4, False),
+        LayerVotes("nothing", 5, 0, 20, 0, 0.0, True),
+    ]
+    shown = printed(text.show_location, Location(None, "differential votes", [], [], votes))
+    assert "Weights that had to go for the right answer, by layer" in shown
+    assert row(shown, "first") == ["[red]first[/nothing]", "12,544", "1,096", "19 of 20", "0.12%", "gradient"]
+    assert row(shown, located) == [located, "64", "6", "200 of 1000", "40.00%", "interventions"]
+    # A share of nothing is none.
+    assert row(shown, "nothing  ") == ["nothing", "5", "0", "0 of 20", "", "gradient"]
+    assert "by layer" not in printed(text.show_location, Location(None, "interchange effect", [], [], []))
+
+
+def test_restored_triggers_stand_in_front_of_the_conclusion(fix):
+    triggers = [
+        SavedTrigger("hidden", 3, "restored patch", "out.trigger-3-1.npz", "out.trigger-3-1.png"),
+        SavedTrigger("hidden", 3, "restored blend", "[b]out[/nothing].trigger-3-2.npz", None),
+    ]
+    *_, first, second, last = printed(text.show_fix, dataclasses.replace(fix, triggers=triggers)).rstrip().splitlines()
+    assert first == "restored patch of class 3: out.trigger-3-1.npz, shown in out.trigger-3-1.png"
+    assert second == "restored blend of class 3: [b]out[/nothing].trigger-3-2.npz"
+    assert last.startswith("repaired in")

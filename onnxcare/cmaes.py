@@ -41,6 +41,7 @@ def minimise(
     generations: int = 60,
     patience: int = 12,
     tolerance: float = 1e-4,
+    diagonal: bool = False,
 ) -> SearchResult:
     """Minimise a cost over K coordinates; the start itself stays a candidate.
 
@@ -54,6 +55,7 @@ def minimise(
         patience: stop after so many generations without an improvement of more than `tolerance`, relative to
             the best cost.
         tolerance: see `patience`.
+        diagonal: adapt the diagonal of the covariance matrix alone, as is done in many dimensions.
     """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # cma warns at import where matplotlib is missing
@@ -66,7 +68,7 @@ def minimise(
         "verbose": -9,
         "bounds": list(bounds) if bounds else None,
         "maxiter": generations,
-        "CMA_diagonal": len(start) > _FULL_COVARIANCE,
+        "CMA_diagonal": diagonal or len(start) > _FULL_COVARIANCE,
     }
     state = np.random.get_state()
     stale = evaluations = 0

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from onnxcare.repair.cmaes import minimise
+from onnxcare.cmaes import minimise
 
 
 def bowl(points: np.ndarray) -> np.ndarray:
