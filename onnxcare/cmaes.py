@@ -57,10 +57,6 @@ def minimise(
         tolerance: see `patience`.
         diagonal: adapt the diagonal of the covariance matrix alone, as is done in many dimensions.
     """
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # cma warns at import where matplotlib is missing
-        import cma
-
     first = float(costs(start[None])[0])
     best, best_cost = start.copy(), first
     options = {
@@ -73,18 +69,23 @@ def minimise(
     state = np.random.get_state()
     stale = evaluations = 0
     try:
-        # cma refuses one dimension; a second coordinate that the cost ignores makes it two.
-        search = cma.CMAEvolutionStrategy(_padded(start), sigma, options)
-        while not search.stop() and stale < patience:
-            generation = search.ask()
-            measured = _finite(costs(np.array(generation)[:, : len(start)]))
-            search.tell(generation, measured.tolist())
-            evaluations += len(generation)
-            index = int(measured.argmin())
-            improved = measured[index] < best_cost - tolerance * abs(best_cost)
-            stale = 0 if improved else stale + 1
-            if measured[index] < best_cost:
-                best, best_cost = np.array(generation[index])[: len(start)], float(measured[index])
+        with warnings.catch_warnings():
+            # cma warns at import where matplotlib is missing, and later of steps that leave a box far behind.
+            warnings.simplefilter("ignore")
+            import cma
+
+            # cma refuses one dimension; a second coordinate that the cost ignores makes it two.
+            search = cma.CMAEvolutionStrategy(_padded(start), sigma, options)
+            while not search.stop() and stale < patience:
+                generation = search.ask()
+                measured = _finite(costs(np.array(generation)[:, : len(start)]))
+                search.tell(generation, measured.tolist())
+                evaluations += len(generation)
+                index = int(measured.argmin())
+                improved = measured[index] < best_cost - tolerance * abs(best_cost)
+                stale = 0 if improved else stale + 1
+                if measured[index] < best_cost:
+                    best, best_cost = np.array(generation[index])[: len(start)], float(measured[index])
     finally:
         np.random.set_state(state)
     return SearchResult(best, best_cost, evaluations, first)
