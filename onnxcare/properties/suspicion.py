@@ -57,7 +57,7 @@ class _Search:
         """Return the classes that stand out, of those that are asked about."""
         return [item for item in found.suspects if self.target in (None, item.target)]
 
-    def measure(self, court: Court, before: int) -> tuple[Measure | None, str]:
+    def measure(self, court: Court, before: int) -> tuple[Measure, list[str]]:
         """Look for small triggers in the judged file; return what was found and what should be said about it."""
         witness = court.after
         clean = evenly(court.clean, _SAMPLES)
@@ -75,7 +75,7 @@ class _Search:
                 interval=(count, count),
                 unit="number",
             ),
-            "; ".join(f"A fresh search found: {describe(item)}." for item in suspects),
+            [f"A fresh search found that {describe(item)}." for item in suspects],
         )
 
 
@@ -129,9 +129,8 @@ class RestoredBackdoor(Backdoor):
     def measure(self, court: Court) -> Finding:
         """Return what a known trigger's finding says, for the restored ones, and what a fresh search finds."""
         found = super().measure(court)
-        measure, note = self._search.measure(court, before=1)
-        measures = found.measures if measure is None else (*found.measures, measure)
-        return replace(found, measures=measures, notes=(*found.notes, *([note] if note else [])))
+        measure, notes = self._search.measure(court, before=1)
+        return replace(found, measures=(*found.measures, measure), notes=(*found.notes, *notes))
 
 
 class NoBackdoor(Property):
@@ -176,9 +175,8 @@ class NoBackdoor(Property):
 
     def measure(self, court: Court) -> Finding:
         """Return what a fresh search finds."""
-        measure, note = self._search.measure(court, before=0)
-        measures = () if measure is None else (measure,)
-        return Finding(self.name, self.kind, measures, (*self.notes, *([note] if note else [])))
+        measure, notes = self._search.measure(court, before=0)
+        return Finding(self.name, self.kind, (measure,), (*self.notes, *notes))
 
 
 def prepare(

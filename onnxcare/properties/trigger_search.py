@@ -17,6 +17,7 @@ from typing import Literal, Protocol, get_args
 import numpy as np
 
 from onnxcare import cmaes
+from onnxcare.adam import Adam
 from onnxcare.data import Dataset
 from onnxcare.experiment import Experiment
 from onnxcare.graph.gradients import Gradients
@@ -30,7 +31,7 @@ FORMS: tuple[Form, ...] = get_args(Form)
 Bounds = tuple[Array, Array]
 
 _BATCH, _PATIENCE = 32, 40
-_BETAS, _EPSILON = (0.5, 0.9), 1e-12
+_BETAS = (0.5, 0.9)
 # Step sizes of the squashed pattern, and of the squashed mask; one number for the whole input moves with care.
 _RATE, _MASK_RATES = 0.1, {"patch": 0.1, "blend": 0.05}
 # Where the squashed mask starts: large enough for the gradient to be felt.
@@ -185,11 +186,10 @@ class Descent:
 
 
 class _Squashed:
-    """Numbers in [0, 1] that Adam (Kingma and Ba, ICLR 2015) moves: tanh(w) / 2 + 1 / 2."""
+    """Numbers in [0, 1] that Adam moves: tanh(w) / 2 + 1 / 2."""
 
     def __init__(self, start: Array, rate: float) -> None:
-        self._w, self._rate = start, rate
-        self._first, self._second, self._steps = np.zeros_like(start), np.zeros_like(start), 0
+        self._w, self._adam = start, Adam(rate, _BETAS)
 
     @property
     def value(self) -> Array:
@@ -198,13 +198,7 @@ class _Squashed:
 
     def move(self, slope: Array) -> None:
         """Take a step against a gradient with respect to the numbers."""
-        slope = slope * 2 * self.value * (1 - self.value)
-        self._steps += 1
-        self._first = _BETAS[0] * self._first + (1 - _BETAS[0]) * slope
-        self._second = _BETAS[1] * self._second + (1 - _BETAS[1]) * slope**2
-        unbiased = self._first / (1 - _BETAS[0] ** self._steps)
-        scale = np.sqrt(self._second / (1 - _BETAS[1] ** self._steps))
-        self._w = self._w - self._rate * unbiased / (scale + _EPSILON)
+        self._w = self._w + self._adam.step(slope * 2 * self.value * (1 - self.value))
 
 
 class Blind:

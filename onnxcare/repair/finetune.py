@@ -17,6 +17,7 @@ from functools import partial
 
 import numpy as np
 
+from onnxcare.adam import Adam
 from onnxcare.backward import Backward
 from onnxcare.case import Case
 from onnxcare.data import PartName
@@ -37,7 +38,6 @@ _TUNED_LAYERS = 2
 _RATES = (0.01, 0.03)
 # How much of a tuned change is tried: less of it mends less, and breaks less.
 _SHARES = (0.25, 0.4, 0.55, 0.7, 0.85, 1.0)
-_BETAS, _EPSILON = (0.9, 0.999), 1e-12
 # Rows and activations of a step; with more the samples go into batches.
 _STEP_BYTES = 16 << 20
 # Share of the memory that the rows of a layer's product may take.
@@ -180,19 +180,13 @@ class Tuner:
         weights = matrix_of(self._case, self.layer)
         width = rate * float(np.sqrt(np.mean(weights**2)))
         change = np.zeros_like(weights) if start is None else start
-        first, second = np.zeros_like(weights), np.zeros_like(weights)
+        adam = Adam(width)
         batches = fit.batches()
         best = Tuned(self.layer, change, _rank(unseen, change), 0)
         stale = 0
         for step in range(1, steps + 1):
             slope = fit.batch(step, batches).slope(change)
-            if hold is not None:
-                slope = hold(slope)
-            first = _BETAS[0] * first + (1 - _BETAS[0]) * slope
-            second = _BETAS[1] * second + (1 - _BETAS[1]) * slope**2
-            unbiased = first / (1 - _BETAS[0] ** step)
-            scale = np.sqrt(second / (1 - _BETAS[1] ** step))
-            change = change - width * unbiased / (scale + _EPSILON)
+            change = change + adam.step(slope if hold is None else hold(slope))
             if step % _EVERY == 0:
                 rank = _rank(unseen, change)
                 stale = 0 if rank < best.rank else stale + 1
