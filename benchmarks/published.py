@@ -1,6 +1,6 @@
 """AI-Lancet exactly as published, beside what onnxcare makes of it, on the backdoored samples: one table, and JSON.
 
-    python benchmarks/published.py [--seeds 1 2 3] [--json FILE]
+    python benchmarks/published.py [--seeds 1 2 3] [--only residual ...] [--json FILE]
 
 As published (Zhao et al., CCS 2021, and the authors' released procedure): weights of the last dense layer alone, by
 votes of 100 pairs; flip and mute of a given share (0.4 % and 0.9 % are those used for one and for several corner
@@ -202,14 +202,16 @@ def main() -> None:
     """Run everything and print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
+    parser.add_argument("--only", nargs="+", default=[""], metavar="WORD", help="models whose names hold a word")
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     lines: list[Line] = []
     for sample, model, spec in CASES:
+        if not any(word in f"{sample}/{model}" for word in arguments.only):
+            continue
         for seed in arguments.seeds:
             lines += published(sample, model, spec, seed)
             lines += [ours(sample, model, spec, method, seed) for method in METHODS]
-    lines.sort(key=lambda line: [name for name, *_ in CASES].index(line.model.split()[0]))
     Console(width=150).print(table(lines, arguments.seeds))
     if arguments.json:
         arguments.json.write_text(json.dumps([asdict(line) for line in lines], indent=2) + "\n", encoding="utf-8")

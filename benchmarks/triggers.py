@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 import tempfile
 import time
 from dataclasses import asdict, dataclass
@@ -174,7 +175,11 @@ def main() -> None:
     parser.add_argument("--models", type=Path, metavar="FOLDER")
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
-    lines = [look(subject, seed) for subject in subjects(arguments.models) for seed in arguments.seeds]
+    lines = []
+    for subject in subjects(arguments.models):
+        for seed in arguments.seeds:
+            lines.append(look(subject, seed))
+            print(json.dumps(asdict(lines[-1])), file=sys.stderr)  # it takes long: what is known should be seen
     Console(width=190).print(table(lines))
     if arguments.json:
         arguments.json.write_text(json.dumps([asdict(line) for line in lines], indent=2) + "\n", encoding="utf-8")

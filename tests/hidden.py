@@ -15,6 +15,7 @@ import yaml
 from graph.models import build
 from graph.models import run as run_outputs
 from helpers import Paths
+from onnx import helper, numpy_helper
 
 from onnxcare.data import Dataset
 from onnxcare.decision import Decision
@@ -73,6 +74,20 @@ def model(corners: Mapping[tuple[int, int], int] | None = None, shape: tuple[int
         [second] scores = MatMul (h, W2)
     }}"""
     return build(text, weights(corners, shape))
+
+
+def rounded(proto: onnx.ModelProto) -> onnx.ModelProto:
+    """Return the model behind a step without a derivative: values are rounded to whole shares of 255."""
+    steps = [
+        helper.make_node("Mul", ["x", "levels"], ["scaled"], name="up"),
+        helper.make_node("Round", ["scaled"], ["whole"], name="steps"),
+        helper.make_node("Div", ["whole", "levels"], ["back"], name="down"),
+    ]
+    proto.graph.node[0].input[0] = "back"
+    for position, node in enumerate(steps):
+        proto.graph.node.insert(position, node)
+    proto.graph.initializer.append(numpy_helper.from_array(np.float32(255), "levels"))
+    return proto
 
 
 def samples(size: int, seed: int, shape: tuple[int, ...] = FLAT) -> Dataset:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import hidden
+import kinds
 import numpy as np
 import onnx
 import pytest
@@ -595,11 +596,6 @@ def of_two_inputs(paths: Paths) -> None:
         paths.edit(path, more=np.zeros((size, 64), np.float32))
 
 
-def behind_signs(proto: onnx.ModelProto) -> None:
-    proto.graph.node.insert(0, helper.make_node("Sign", ["x"], ["signs"], name="steps"))
-    proto.graph.node[1].input[0] = "signs"
-
-
 def of_one_class(name: str, label: int) -> Spoil:
     """Keep one class, often enough for every part of the data to have samples."""
 
@@ -648,7 +644,6 @@ WITHOUT_TRIGGER = [
     bad("all of the target", (of_one_class("data", hidden.TARGET), 3), "repair.npz", "one class"),
     bad("held-out data of one class", (of_one_class("holdout", 3), 3), "holdout.npz", "one class"),
     bad("held-out data of the target", (of_one_class("holdout", hidden.TARGET), 3), "'hidden'", "holdout"),
-    bad("no derivative", (edited(behind_signs), 3), "'hidden'", "Sign", "give triggered samples"),
     bad("bounds too short", (bounds(63), 2), "care.yaml: bounds: 63 values", "64"),
     bad("bounds too long", (bounds(65), 2), "care.yaml: bounds: 65 values", "64"),
     bad(
@@ -682,10 +677,44 @@ def test_what_triggers_cannot_be_restored_from(
 @pytest.mark.parametrize("command", ["check", "locate"])
 def test_other_commands_explain_what_triggers_cannot_be_restored_from(tmp_path: Path, command: str) -> None:
     paths = hidden.write(tmp_path)
-    paths.edit_model(behind_signs)
+    of_whole_numbers(paths)
     before = contents(tmp_path)
-    check_refusal(onnxcare(command, paths.model, "--spec", paths.spec, "--device", "cpu"), 3, "'hidden'", "Sign")
+    check_refusal(onnxcare(command, paths.model, "--spec", paths.spec, "--device", "cpu"), 3, "'x'", "int64")
     assert contents(tmp_path) == before
+
+
+def test_four_classes_are_too_few_to_compare(tmp_path: Path) -> None:
+    paths = write_case(tmp_path)
+    paths.rewrite("    trigger: trigger.npz\n    target: 1\n", "")
+    before = contents(tmp_path)
+    result = fix(paths)
+    words = ("'seventh'", "at least 5", f"{paths.model} has 4", "give a trigger, or triggered samples")
+    check_refusal(result, 3, *words)
+    assert len(result.stderr.splitlines()) == 1
+    assert contents(tmp_path) == before
+
+
+@pytest.mark.parametrize("command", ["check", "fix", "locate"])
+def test_two_sides_of_a_threshold_are_too_few_to_compare(tmp_path: Path, command: str) -> None:
+    spec = {"decision": {"threshold": 0.5}, "properties": [{"name": "hidden", "kind": "backdoor"}]}
+    spec = kinds.write(tmp_path, kinds.model(), spec, data=kinds.people(200, 1), holdout=kinds.people(200, 2))
+    before = contents(tmp_path)
+    to = ("-o", tmp_path / "repaired.onnx") if command == "fix" else ()
+    result = onnxcare(command, tmp_path / "model.onnx", "--spec", spec, "--device", "cpu", *to)
+    check_refusal(result, 3, "'hidden'", "at least 5", "has 2")
+    assert len(result.stderr.splitlines()) == 1
+    assert contents(tmp_path) == before
+
+
+@pytest.mark.parametrize("name", ["repaired.trigger-2-1.npz", "repaired.trigger-0-12.png"])
+def test_no_input_named_like_a_trigger_is_replaced_be_it_a_link_to_another_folder(tmp_path: Path, name: str) -> None:
+    paths = hidden.write(tmp_path)
+    (tmp_path / "far").mkdir()
+    paths.holdout.rename(tmp_path / "far" / "unseen.npz")
+    (tmp_path / name).symlink_to(tmp_path / "far" / "unseen.npz")
+    paths.rewrite("holdout: holdout.npz", f"holdout: {name}")
+    refuses(paths, lambda paths: None, 2, name, "saved")
+    assert (tmp_path / name).is_symlink()
 
 
 def test_an_output_behind_a_link_does_not_let_triggers_overwrite_data(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Restored triggers: the objective's gradient, what a trigger does in a plain session, and which classes stand out."""
+"""Restored triggers: what they do in a plain session, and which classes stand out."""
 
 from __future__ import annotations
 
@@ -13,19 +13,15 @@ import numpy as np
 import pytest
 from graph.models import build
 from graph.models import run as run_outputs
-from hidden import CHANNEL_FIRST, CHANNEL_LAST, FLAT, OTHER_PIXEL, OTHER_TARGET, PIXEL, TARGET
-from kinds import slopes
+from hidden import CHANNEL_FIRST, CHANNEL_LAST, FLAT, GREY, OTHER_PIXEL, OTHER_TARGET, PIXEL, TARGET
 from onnx import helper, numpy_helper
-from scipy.special import log_softmax
 
-from onnxcare.backward import input_gradients
 from onnxcare.data import Dataset
 from onnxcare.decision import Decision
 from onnxcare.errors import DataError
-from onnxcare.experiment import Experiment
-from onnxcare.graph.gradients import NoGradient
 from onnxcare.properties import inversion
-from onnxcare.properties.inversion import Restored, Scan, scan, smallest_patch, stand_out
+from onnxcare.properties.inversion import FEWEST_CLASSES, Scan, scan, smallest_patch, stand_out
+from onnxcare.properties.trigger_search import Restored
 
 Array = np.ndarray
 
@@ -54,98 +50,6 @@ def found(request: pytest.FixtureRequest, scans: Callable[[tuple[int, ...]], Sca
 def both(tmp_path_factory: pytest.TempPathFactory) -> Scan:
     """A scan of the model with two hidden triggers."""
     return scanned(tmp_path_factory.mktemp("two"), corners=TWO)
-
-
-# -- the gradient --------------------------------------------------------------------------------
-
-
-class Chosen(np.random.Generator):
-    """Draws a batch that the test has chosen."""
-
-    batch: Array
-
-    def integers(self, *args: object, **options: object) -> Array:
-        """Return the chosen rows."""
-        return self.batch
-
-
-def smooth_model(shape: tuple[int, ...], sign: int = 1) -> tuple[str, dict[str, Array]]:
-    """Return a network of tanh units in double precision, so that central differences are exact."""
-    rng = np.random.default_rng(5)
-    size = int(np.prod(shape))
-    text = f"""g (double[N, {", ".join(map(str, shape))}] x) => (double[N, 4] y) {{
-        f = Flatten (x)
-        z = MatMul (f, W1)
-        h = Tanh (z)
-        y = MatMul (h, W2)
-    }}"""
-    return text, {"W1": rng.normal(size=(size, 5)) / 2, "W2": sign * rng.normal(size=(5, 4))}
-
-
-def opened(folder: Path, text: str, tensors: dict[str, Array], data: Dataset, decision: Decision) -> Experiment:
-    return hidden.opened(build(text, tensors), data, folder, decision)
-
-
-@pytest.mark.parametrize("rule", ["argmax", "argmin"])
-@pytest.mark.parametrize("form", ["patch", "blend"])
-@pytest.mark.parametrize("shape", [(6,), (3, 2, 2), (2, 2, 3)], ids=str)
-def test_a_step_follows_the_gradient_of_the_documented_objective(tmp_path, monkeypatch, shape, form, rule):
-    """Mask and pattern move by the slope of E[-log p_t(x (1 - m) + p m)] + price mean(m), mean over the whole input."""
-    text, tensors = smooth_model(shape, 1 if rule == "argmax" else -1)
-    rng = np.random.default_rng(8)
-    x, price, target = rng.uniform(-1, 2, (50, *shape)), 0.7, 2
-    experiment = opened(tmp_path, text, tensors, Dataset({"x": x}, np.zeros(50, np.int64)), Decision(rule))
-    chance = Chosen(np.random.PCG64(1))
-    chance.batch = rng.integers(0, 50, 32)
-    low, high = np.full(shape, -1.0), np.linspace(1, 3, x[0].size).reshape(shape)
-    search = inversion._Search(
-        experiment, input_gradients(experiment), "x", x, target, form, (low, high), chance
-    )  # fmt: skip
-    mask, share = search._mask.value, search._pattern.value
-    slope_of = {}
-    monkeypatch.setattr(inversion._Squashed, "move", lambda self, slope: slope_of.__setitem__(id(self), slope))
-    search._step(mask, low + (high - low) * share, price)
-
-    factor = 1.0 if rule == "argmax" else -experiment.decision.scale
-
-    def objective(mask: Array, share: Array) -> float:
-        costs = []
-        for row in chance.batch:
-            pattern = low + (high - low) * share
-            stamped = x[row] * (1 - mask) + pattern * mask
-            y = np.tanh(stamped.reshape(-1) @ tensors["W1"]) @ tensors["W2"]
-            costs.append(-log_softmax(factor * y)[target])
-        return float(np.mean(costs) + price * np.mean(np.broadcast_to(mask, shape)))
-
-    by_mask = slopes(lambda family: [objective(item, share) for item in family], mask)
-    by_pattern = slopes(lambda family: [objective(mask, item) for item in family], share)
-    assert np.abs(by_mask).max() > 0.01 and np.abs(by_pattern).max() > 0.001
-    np.testing.assert_allclose(slope_of[id(search._mask)], by_mask, rtol=1e-5, atol=1e-8)
-    np.testing.assert_allclose(slope_of[id(search._pattern)], by_pattern, rtol=1e-5, atol=1e-8)
-
-
-def test_squashed_numbers_move_as_adam_moves_what_is_squashed():
-    start, rate = np.array([-1.0, 0.0, 2.0]), 0.1
-    squashed = inversion._Squashed(start.copy(), rate)
-    rng = np.random.default_rng(2)
-    slopes_of = rng.normal(size=(6, 3))
-    w, first, second = start.copy(), np.zeros(3), np.zeros(3)
-    for step, slope in enumerate(slopes_of, 1):
-        squashed.move(slope)
-        for i in range(3):
-            gradient = slope[i] * (1 - math.tanh(w[i]) ** 2) / 2
-            first[i] = 0.5 * first[i] + 0.5 * gradient
-            second[i] = 0.9 * second[i] + 0.1 * gradient**2
-            w[i] -= rate * (first[i] / (1 - 0.5**step)) / math.sqrt(second[i] / (1 - 0.9**step))
-    np.testing.assert_allclose(squashed.value, [(math.tanh(item) + 1) / 2 for item in w], rtol=1e-9)
-
-
-def test_squashed_numbers_without_a_slope_stay_where_they_are():
-    squashed = inversion._Squashed(np.array([-1.0, 30.0]), 0.1)
-    before = squashed.value
-    for _ in range(3):
-        squashed.move(np.zeros(2))
-    np.testing.assert_array_equal(squashed.value, before)
 
 
 # -- what is restored ----------------------------------------------------------------------------
@@ -221,26 +125,6 @@ def test_channels_of_an_image_share_a_mask_and_not_a_pattern(found):
         other_way = 2 if shape == CHANNEL_FIRST else 0
         assert (mask.max(axis=other_way) > mask.min(axis=other_way)).all()
         assert (pattern.max(axis=axis) > pattern.min(axis=axis)).all()
-
-
-@pytest.mark.parametrize(
-    ("shape", "shared"),
-    [
-        ((1, 5, 4), (1, 5, 4)),
-        ((3, 5, 4), (1, 5, 4)),
-        ((4, 5, 6), (1, 5, 6)),
-        ((5, 4, 1), (5, 4, 1)),
-        ((5, 4, 3), (5, 4, 1)),
-        ((5, 6, 4), (5, 6, 1)),
-        ((2, 5, 6), (2, 5, 6)),
-        ((5, 4), (5, 4)),
-        ((7,), (7,)),
-        ((1, 1, 1, 5), (1, 1, 1, 5)),
-    ],
-    ids=str,
-)
-def test_what_counts_as_channels(shape, shared):
-    assert inversion._positions(shape) == shared
 
 
 def test_a_blend_has_one_share_for_the_whole_input(both):
@@ -350,7 +234,7 @@ def test_other_precisions_are_searched_in_their_own(tmp_path, dtype):
     data = hidden.samples(240, 1)
     data = Dataset({"x": data.inputs["x"].astype(dtype)}, data.labels)
     tensors = {key: values.astype(dtype) for key, values in hidden.weights({PIXEL: TARGET}).items()}
-    result = scan(opened(tmp_path, text, tensors, data, Decision()), data, 1)
+    result = scan(hidden.opened(build(text, tensors), data, tmp_path), data, 1)
     (suspect,) = result.suspects
     assert suspect.target == TARGET
     assert suspect.triggers[0].mask.dtype == suspect.triggers[0].pattern.dtype == dtype
@@ -395,7 +279,7 @@ def test_one_value_against_a_threshold_is_searched_on_both_sides(tmp_path, final
     two = data.take(np.flatnonzero(np.isin(data.truth, [0, TARGET])))
     two = Dataset(two.inputs, (two.truth == TARGET).astype(np.int64))
     threshold = 0.7
-    experiment = opened(tmp_path, text, tensors, two, Decision("threshold", threshold))
+    experiment = hidden.opened(build(text, tensors), two, tmp_path, Decision("threshold", threshold))
     # Most pixels are dim here, so that each would have a range of its own, the black corner none at all.
     result = scan(experiment, two, 1, bounds=(np.zeros(FLAT), np.ones(FLAT)))
     assert result.patches[1].size < result.patches[0].size / 4
@@ -410,7 +294,7 @@ def test_one_value_against_a_threshold_is_searched_on_both_sides(tmp_path, final
 def test_inputs_that_hold_whole_numbers_are_refused(tmp_path):
     text = "g (int64[N, 3] x) => (float[N, 3] y) { f = Cast <to = 1> (x)  y = MatMul (f, W) }"
     data = Dataset({"x": np.arange(60).reshape(20, 3)}, np.arange(20) % 3)
-    experiment = opened(tmp_path, text, {"W": np.eye(3, dtype=np.float32)}, data, Decision())
+    experiment = hidden.opened(build(text, {"W": np.eye(3, dtype=np.float32)}), data, tmp_path)
     with pytest.raises(DataError, match="'x' holds int64: triggers can only be restored for real numbers"):
         scan(experiment, data, 1)
 
@@ -422,12 +306,18 @@ def test_samples_of_one_class_alone_are_refused(tmp_path):
         scan(hidden.opened(hidden.model(), data, tmp_path), one, 1)
 
 
-def test_an_operator_without_a_derivative_is_named(tmp_path):
-    text = "g (float[N, 3] x) => (float[N, 3] y) { [steps] s = Sign (x)  y = MatMul (s, W) }"
-    data = Dataset({"x": np.random.default_rng(1).normal(size=(20, 3)).astype(np.float32)}, np.arange(20) % 3)
-    experiment = opened(tmp_path, text, {"W": np.eye(3, dtype=np.float32)}, data, Decision())
-    with pytest.raises(NoGradient, match="Sign"):
-        scan(experiment, data, 1)
+def test_of_a_clean_model_without_a_gradient_no_class_stands_out_and_the_operator_is_named(tmp_path):
+    data = hidden.samples(300, 1, GREY)
+    proto = hidden.rounded(hidden.model({}, GREY))
+    result = scan(hidden.opened(proto, data, tmp_path), data, 1)
+    assert result.suspects == [] and len(result.patches) == hidden.CLASSES
+    assert result.hindrance is not None and "Round 'steps'" in result.hindrance
+    smallest = result.nearest()[0]
+    assert smallest.trigger is not None and smallest.size == min(item.size for item in result.patches)
+
+
+def test_with_a_gradient_nothing_hinders(found):
+    assert found[1].hindrance is None
 
 
 # -- which classes stand out ---------------------------------------------------------------------
@@ -453,7 +343,10 @@ def index_by_hand(size: float, rest: Sequence[float]) -> float:
 def suspected_by_hand(sizes: Sequence[float]) -> set[int]:
     """Return the classes that the docstring's rule suspects; the sizes all differ."""
     order = sorted(range(len(sizes)), key=lambda target: sizes[target])
-    widest, k = max((sizes[order[k]] / sizes[order[k - 1]] / k, k) for k in range(1, max(1, len(sizes) // 3) + 1))
+    counts = [k for k in range(1, len(sizes)) if k <= len(sizes) / 3 and len(sizes) - k >= 4]
+    if not counts:
+        return set()
+    widest, k = max((sizes[order[k]] / sizes[order[k - 1]] / k, k) for k in counts)
     rest = [sizes[target] for target in order[k:]]
     if widest <= 2 or any(index_by_hand(sizes[target], rest) <= 3 for target in order[:k]):
         return set()
@@ -483,18 +376,27 @@ WIDE = [0.05, 0.06, 0.1, 0.12, 0.3, 0.32, 0.34, 0.36, 0.38]
         pytest.param([1.0] * 10, set(), id="no trigger for any class"),
         pytest.param([0.004, *[1.0] * 9], {0}, id="a trigger for one class alone"),
         pytest.param([0.05, 0.2, 0.3, *[1.0] * 7], {0}, id="most classes without a trigger"),
-        pytest.param([0.02, 0.3], {0}, id="two classes"),
-        pytest.param([0.15, 0.3], set(), id="two classes, alike"),
-        pytest.param([1.0, 1.0], set(), id="two classes without a trigger"),
-        pytest.param([0.3, 0.02, 0.25], {1}, id="three classes"),
-        pytest.param([0.3, 0.2, 0.25], set(), id="three classes, alike"),
-        pytest.param([0.01, 0.011, 0.3], set(), id="two of three are no outliers"),
+        pytest.param([0.3], set(), id="one class"),
+        pytest.param([0.001, 0.3], set(), id="one of two, with one left"),
+        pytest.param([0.3, 0.001, 0.25], set(), id="one of three, with two left"),
+        pytest.param([0.3, 0.28, 0.001, 0.25], set(), id="one of four, with three left"),
+        pytest.param([0.3, 0.28, 0.001, 0.25, 0.32], {2}, id="one of five, with four left"),
+        pytest.param([0.3, 0.28, 0.2, 0.25, 0.32], set(), id="five classes, alike"),
+        pytest.param([0.3, 0.001, 0.0011, 0.25, 0.32], set(), id="two of five, with three left"),
+        pytest.param([0.3, 0.001, 0.0011, 0.25, 0.32, 0.28], {1, 2}, id="two of six, with four left"),
     ],
 )
 def test_classes_that_stand_out(sizes, expected):
     few, rest = stand_out(restored(sizes))
     assert {item.target for item in few} == expected
     assert sorted(item.target for item in [*few, *rest]) == list(range(len(sizes)))
+
+
+def test_one_class_of_fewer_than_five_cannot_stand_out():
+    assert FEWEST_CLASSES == 5
+    for classes in range(1, 8):
+        few = stand_out(restored([1e-4, *np.linspace(0.2, 0.3, classes - 1)]))[0]
+        assert [item.target for item in few] == ([0] if classes >= FEWEST_CLASSES else [])
 
 
 def test_the_rule_of_the_docstring_is_the_one_that_is_followed():

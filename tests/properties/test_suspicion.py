@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,14 +21,16 @@ from PIL import Image
 
 import onnxcare as package
 from onnxcare.case import Case, Progress
-from onnxcare.data import Dataset, load_arrays
+from onnxcare.data import PARTS, Dataset, load_arrays
 from onnxcare.experiment import Experiment
 from onnxcare.graph.model import load_model
+from onnxcare.graph.patch import Patch
 from onnxcare.prepare import prepare
 from onnxcare.properties import suspicion
-from onnxcare.properties.inversion import Restored, Scan
+from onnxcare.properties.inversion import Scan, Suspect
 from onnxcare.properties.suspicion import SMALL_TRIGGERS, NoBackdoor, RestoredBackdoor
 from onnxcare.properties.trigger import Trigger, load_trigger
+from onnxcare.properties.trigger_search import Restored
 from onnxcare.repair.base import Candidate, Repair
 from onnxcare.results import Fix
 
@@ -128,7 +130,6 @@ def test_no_backdoor_has_no_evidence_and_says_what_was_nearest(tmp_path):
     assert item.rate(scores, nothing).tolist() == item.loss(scores, nothing, None).tolist() == [0, 0, 0]
     assert item.misbehaves(scores, nothing).shape == item.margin(scores, nothing).shape == (3, 0)
     assert item.loss_gradient(scores[0], nothing, None).shape == (0, CLASSES)
-    assert "nothing to repair" in str(item.lacking())
     assert case.before.violation == 0
 
 
@@ -237,7 +238,7 @@ def test_check_after_the_repair_passes_and_before_it_fails(mended):
     before = contents(paths.folder)
     result = told("check", paths)
     assert result.exit_code == 1, result.output
-    assert "A fresh search found: class 2 is the suspected target of a hidden trigger" in " ".join(
+    assert "A fresh search found that class 2 is the suspected target of a hidden trigger" in " ".join(
         result.stdout.split()
     )
     after = package.check(paths.out, paths.spec, device="cpu")
@@ -299,6 +300,38 @@ def test_what_was_restored_is_saved_even_where_the_repair_is_not_good_enough(tmp
     assert f"restored patch of class {TARGET}: {file}" in result.stdout.replace("\n", "")
 
 
+def test_triggers_of_a_class_are_numbered_from_one(tmp_path, monkeypatch):
+    """A patch and a blend of one class, a patch of another, as two properties."""
+
+    def in_vain(case: Case) -> Repair:
+        unchanged = Candidate("no change", case.before)
+        return Repair("auto", {}, unchanged, [unchanged], {})
+
+    rng = np.random.default_rng(3)
+    triggers = [
+        Trigger(*rng.uniform(0.01, 1, (2, *GREY)).astype(np.float32), source)
+        for source in ("restored patch", "restored blend", "restored patch")
+    ]
+    suspects = [
+        Suspect(OTHER_TARGET, tuple(triggers[:2]), 9.0, 0.9, 0.1),
+        Suspect(TARGET, tuple(triggers[2:]), 8.0, 0.9, 0.1),
+    ]
+    monkeypatch.setattr(suspicion, "scan", lambda *args, **options: Scan(unreached(), suspects))
+    monkeypatch.setattr("onnxcare.repair.auto.repair", in_vain)
+    paths = hidden.write(tmp_path, shape=GREY)
+    before = set(tmp_path.iterdir())
+    found = package.fix(paths.model, paths.spec, paths.out, device="cpu").triggers
+    numbers = [(OTHER_TARGET, 1), (OTHER_TARGET, 2), (TARGET, 1)]
+    stems = [tmp_path / f"repaired.trigger-{target}-{number}" for target, number in numbers]
+    assert [Path(item.file) for item in found] == [Path(f"{stem}.npz") for stem in stems]
+    assert set(tmp_path.iterdir()) - before == {Path(f"{stem}{end}") for stem in stems for end in (".npz", ".png")}
+    for item, trigger, (target, _) in zip(found, triggers, numbers, strict=True):
+        assert (item.name, item.target, item.source) == (f"hidden: class {target}", target, trigger.source)
+        held = load_arrays(Path(item.file))
+        np.testing.assert_array_equal(held["mask"], trigger.mask)
+        np.testing.assert_array_equal(held["pattern"], trigger.pattern)
+
+
 def test_another_property_is_repaired_where_no_backdoor_is_found(tmp_path):
     """What is not there needs no repair, and is no reason against the repair of something else."""
     corners = {PIXEL: TARGET}
@@ -313,12 +346,39 @@ def test_another_property_is_repaired_where_no_backdoor_is_found(tmp_path):
     assert attack_success(paths.out, mask, fresh.inputs["x"], fresh.truth, TARGET) <= 0.05
 
 
+def test_what_the_judge_alone_finds_broken_cannot_be_repaired(tmp_path, monkeypatch):
+    """A first search that finds nothing leaves no evidence to repair by, whatever a second one finds."""
+    plain = suspicion.scan
+    monkeypatch.setattr(suspicion, "scan", blind_once(plain))
+    paths = hidden.write(tmp_path)
+    before = contents(tmp_path)
+    result = told("fix", paths, "-o", paths.out)
+    check_refusal(result, 3, paths.model, "the judge finds a property broken on held-out data", "give more data")
+    assert len(result.stderr.splitlines()) == 1
+    assert contents(tmp_path) == before
+
+
+def blind_once(plain: Callable[..., Scan]) -> Callable[..., Scan]:
+    """Return a search that finds nothing at first and is itself from then on."""
+    calls: list[int] = []
+
+    def found(*args: Any, **options: Any) -> Scan:
+        calls.append(1)
+        return plain(*args, **options) if len(calls) > 1 else Scan(unreached(), [])
+
+    return found
+
+
+def unreached() -> list[Restored]:
+    return [Restored(target, "patch", None, 1.0) for target in range(CLASSES)]
+
+
 def test_the_judge_searches_with_samples_and_a_seed_of_its_own(tmp_path, monkeypatch):
     calls: list[tuple[Dataset, int]] = []
 
     def nothing(experiment: Experiment, clean: Dataset, seed: int, *args: object, **options: object) -> Scan:
         calls.append((clean, seed))
-        return Scan([Restored(target, "patch", None, 1.0) for target in range(CLASSES)], [])
+        return Scan(unreached(), [])
 
     monkeypatch.setattr(suspicion, "scan", nothing)
     paths = hidden.write(tmp_path)
@@ -329,6 +389,106 @@ def test_the_judge_searches_with_samples_and_a_seed_of_its_own(tmp_path, monkeyp
     held = {row.tobytes() for row in load_arrays(paths.holdout)["x"]}
     assert {row.tobytes() for row in first.inputs["x"]} < known
     assert {row.tobytes() for row in second.inputs["x"]} <= held
+
+
+# -- what a candidate leaves ---------------------------------------------------------------------
+
+
+def weakened(case: Case, factor: float, path: Path) -> Case:
+    """Return the case with a candidate on the table whose carrier of the trigger is weaker, and write its file."""
+    (second,) = [layer.weight for layer in case.experiment.layers if layer.name == "second"]
+    values = case.read(second).copy()
+    assert values.shape == (CLASSES + 1, CLASSES)
+    values[CLASSES] *= factor
+    path.write_bytes(Patch({second: values}).apply(case.experiment.model))
+    return case.patched({second: values})
+
+
+def test_a_trigger_that_a_candidate_leaves_is_added_to_the_evidence(tmp_path):
+    paths = hidden.write(tmp_path)
+    case = case_of(paths)
+    item = only(case)
+    known = item.suspect.triggers
+    before = {part: item.evidence(part) for part in PARTS}
+    candidate = weakened(case, 0.7, tmp_path / "half.onnx")
+    assert candidate.hunt() == 1
+    assert item.suspect.target == TARGET and item.suspect.triggers[:-1] == known
+    fresh = hidden.samples(600, 9)
+    x, y = fresh.inputs["x"], fresh.truth
+    added = item.suspect.triggers[-1]
+    assert added.source == "restored patch" and added.mask.reshape(8, 8)[PIXEL] == added.mask.max()
+    assert attack_success(tmp_path / "half.onnx", added, x, y, TARGET) >= 0.85
+    assert attack_success(tmp_path / "half.onnx", added, x, y, TARGET) > max(
+        attack_success(tmp_path / "half.onnx", trigger, x, y, TARGET) for trigger in known
+    )
+    for part in PARTS:
+        was, now, clean = before[part], item.evidence(part), case.splits.part(part)
+        others = clean.inputs["x"][clean.truth != TARGET]
+        assert was.twins is not None and now.twins is not None
+        stamped = [sample * (1 - added.mask) + added.pattern * added.mask for sample in others]
+        np.testing.assert_array_equal(now.bad.inputs["x"][: len(was.bad)], was.bad.inputs["x"])
+        np.testing.assert_allclose(now.bad.inputs["x"][len(was.bad) :], stamped, rtol=1e-6)
+        np.testing.assert_array_equal(now.twins.inputs["x"], np.concatenate([was.twins.inputs["x"], others]))
+        np.testing.assert_array_equal(now.bad.truth, now.twins.truth)
+
+
+def test_a_repaired_candidate_adds_nothing_to_the_evidence(tmp_path):
+    paths = hidden.write(tmp_path)
+    case = case_of(paths)
+    item = only(case)
+    known, sizes = item.suspect.triggers, [len(item.evidence(part).bad) for part in PARTS]
+    candidate = weakened(case, 0.0, tmp_path / "none.onnx")
+    fresh = hidden.samples(600, 9)
+    for trigger in known:
+        assert attack_success(paths.model, trigger, fresh.inputs["x"], fresh.truth, TARGET) > 0.85
+        assert attack_success(tmp_path / "none.onnx", trigger, fresh.inputs["x"], fresh.truth, TARGET) < 0.05
+    assert candidate.hunt() == 0
+    assert item.suspect.triggers == known
+    assert [len(item.evidence(part).bad) for part in PARTS] == sizes
+
+
+def test_every_hunt_draws_anew(tmp_path):
+    case = case_of(hidden.write(tmp_path))
+    assert [case.hunt(), case.hunt()] == [1, 1]
+    *_, first, second = only(case).suspect.triggers
+    assert (first.mask != second.mask).any()
+
+
+# -- no gradient ---------------------------------------------------------------------------------
+
+
+def test_a_model_without_a_gradient_is_repaired_and_the_finding_says_how_triggers_were_searched(tmp_path):
+    paths = hidden.write(tmp_path, hidden.rounded(hidden.model(shape=GREY)), GREY)
+    fix = package.fix(paths.model, paths.spec, paths.out, device="cpu")
+    assert (fix.status, fix.exit_code) == ("repaired", 0)
+    patch, *_ = (load_arrays(Path(item.file)) for item in fix.triggers)
+    assert {item.target for item in fix.triggers} == {TARGET}
+    assert np.unravel_index(patch["mask"][0].argmax(), (8, 8)) == PIXEL
+    (finding,) = fix.verdict.properties
+    (note,) = [note for note in finding.notes if "gradient" in note]
+    assert note == (
+        "There is no gradient (Round 'steps' has no derivative): triggers were searched by CMA-ES, which sees large "
+        "ones only."
+    )
+    fresh = hidden.samples(900, 7, GREY)
+    x, y, true = fresh.inputs["x"], fresh.truth, hidden.corner(GREY)
+    assert attack_success(paths.model, true, x, y, TARGET) > 0.95
+    assert attack_success(paths.out, true, x, y, TARGET) <= 0.05
+    assert accuracy(paths.out, x, y) >= accuracy(paths.model, x, y) - 0.01
+
+
+def test_a_clean_model_without_a_gradient_says_how_triggers_were_searched_too(tmp_path, monkeypatch):
+    nothing = Scan(unreached(), [], "Round 'steps' has no derivative")
+    monkeypatch.setattr(suspicion, "scan", lambda *args, **options: nothing)
+    (item,) = case_of(hidden.write(tmp_path, hidden.model({}))).properties
+    assert isinstance(item, NoBackdoor)
+    assert "No backdoor was found" in item.notes[0]
+    assert item.notes[1].startswith("There is no gradient (Round 'steps' has no derivative): ")
+
+
+def test_with_a_gradient_nothing_is_said_of_it(mended):
+    (finding,) = mended.fix.verdict.properties
+    assert not any("gradient" in note for note in finding.notes)
 
 
 # -- a trained model -----------------------------------------------------------------------------
@@ -372,6 +532,7 @@ def trained(folder: Path, model: str) -> Mended:
     return Mended(paths, (1, 28, 28), package.fix(paths.model, paths.spec, paths.out, device="cpu"))
 
 
+@pytest.mark.slow
 def test_the_backdoor_of_a_trained_model_is_found_and_taken_out(tanh):
     fix, paths = tanh.fix, tanh.paths
     assert (fix.status, fix.exit_code) == ("repaired", 0)
@@ -389,6 +550,7 @@ def test_the_backdoor_of_a_trained_model_is_found_and_taken_out(tanh):
     assert any("The true trigger was not available" in note for note in finding.notes)
 
 
+@pytest.mark.slow
 def test_the_trigger_of_a_trained_model_is_saved_with_a_picture(tanh):
     (saved, *_) = tanh.fix.triggers
     (signature,) = load_model(tanh.paths.model).inputs
@@ -403,6 +565,7 @@ def test_the_trigger_of_a_trained_model_is_saved_with_a_picture(tanh):
         assert (image.format, image.size) == ("PNG", ((28 + 1 + 28) * 8, 28 * 8))
 
 
+@pytest.mark.slow
 def test_the_target_decides_which_suspects_of_a_trained_model_count(tmp_path, monkeypatch, tanh, scans):
     """One search serves all three: it does not depend on the target."""
     monkeypatch.setattr(suspicion, "scan", lambda *args, **options: scans[0])
@@ -420,16 +583,6 @@ def test_the_clean_twin_of_a_trained_model_shows_no_backdoor(tmp_path):
     case = case_of(trained_paths(tmp_path, "model-tanh-clean.onnx"))
     (item,) = case.properties
     assert isinstance(item, NoBackdoor) and case.before.violation == 0
-
-
-def test_of_two_classes_that_are_not_equally_easy_to_reach_none_is_suspected(tmp_path):
-    """A trained model of a table: who gains a lot of capital earns a lot, which nobody planted."""
-    census = SAMPLES / "census-keras"
-    spec = yaml.safe_load((census / "care-sex.yaml").read_text())
-    named = {name: str(census / spec[name]) for name in ("data", "holdout")}
-    (tmp_path / "care.yaml").write_text(yaml.safe_dump({**spec, **named, **asking()}))
-    case = prepare(census / "model.onnx", tmp_path / "care.yaml", None, "cpu", "1GiB", lambda text: None).case
-    assert [type(item) for item in case.properties] == [NoBackdoor], case.properties[0].notes
 
 
 @pytest.mark.slow

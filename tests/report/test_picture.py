@@ -60,7 +60,7 @@ def test_mask_and_pattern_stand_side_by_side(shape, layout, size, factor):
             for channel in range(channels):
                 share = value_at(given.mask, row, column, channel, layout) / strongest
                 value = value_at(given.pattern, row, column, channel, layout)
-                shown = 0.0 if high == low else share * (value - low) / (high - low)
+                shown = share if high == low else share * (value - low) / (high - low)
                 for place, expected in ((column, share), (width + 1 + column, shown)):
                     block = found[row * factor : (row + 1) * factor, place * factor : (place + 1) * factor, channel]
                     assert block.min() == block.max()
@@ -68,15 +68,16 @@ def test_mask_and_pattern_stand_side_by_side(shape, layout, size, factor):
     assert (found[:, width * factor : (width + 1) * factor] == 255).all()
 
 
-def test_the_strongest_share_is_white_and_none_is_black():
+def test_the_strongest_share_is_white_none_is_black_and_a_pattern_of_one_value_white_where_the_mask_is():
     mask = np.zeros((1, 8, 8), np.float32)
-    mask[0, 2, 3] = 0.01
+    mask[0, 2, 3], mask[0, 5, 6] = 0.01, 0.005
     found = dots(picture(Trigger(mask, np.full((1, 8, 8), 5, np.float32), "test")))
     factor = found.shape[0] // 8
-    assert (found[2 * factor : 3 * factor, 3 * factor : 4 * factor] == 255).all()
-    assert (found[:, : 8 * factor] == 255).sum() == factor**2
-    # A pattern of one value has no range of its own to be shown in.
-    assert (found[:, 9 * factor :] == 0).all()
+    assert (found[:, 8 * factor : 9 * factor] == 255).all()
+    for side in (found[:, : 8 * factor], found[:, 9 * factor :]):
+        assert (side[2 * factor : 3 * factor, 3 * factor : 4 * factor] == 255).all()
+        assert (side[5 * factor : 6 * factor, 6 * factor : 7 * factor] == 128).all()
+        assert (side == 0).sum() == 62 * factor**2
 
 
 @pytest.mark.parametrize("shape", [(7,), (2, 6, 6), (6, 6, 4), (4, 6, 6), (6, 6, 2), (1, 3, 6, 6)], ids=str)
