@@ -372,7 +372,7 @@ def _check_triggers(out: Path, spec: Spec) -> None:
     unknown = [item for item in spec.properties if isinstance(item, BackdoorSpec) and item.unknown]
     for path in spec.files() if unknown else ():
         for name in (path, path.resolve()):
-            if name.resolve().parent == out.parent and name.name.startswith(f"{out.stem}.trigger-"):
+            if name.parent.resolve() == out.parent and name.name.startswith(f"{out.stem}.trigger-"):
                 raise UsageError(f"{path}: restored triggers are saved under such names; name another file to write")
 
 

@@ -12,6 +12,8 @@ from onnxcare.data import Dataset, Splits, load_dataset, split
 from onnxcare.experiment import Experiment
 from onnxcare.graph.model import load_model
 from onnxcare.properties import backdoor
+from onnxcare.repair import auto
+from onnxcare.repair.base import Repair
 from onnxcare.spec import load_spec
 
 SAMPLES = Path(__file__).parents[1] / "sample_models"
@@ -34,6 +36,12 @@ def sample_case(folder: Path = SQUARE, spec_name: str = "care.yaml", seed: int =
         backdoor.prepare(item, splits, model.inputs, 10, experiment.scores, "y", seed) for item in spec.properties
     ]
     return Case(experiment, splits, properties, spec.keep, seed)
+
+
+@functools.cache
+def auto_repaired(folder: Path) -> Repair:
+    """Return what the portfolio makes of a sample model."""
+    return auto.repair(sample_case(folder))
 
 
 def images(dataset: Dataset) -> np.ndarray:

@@ -16,6 +16,7 @@ from onnx import helper, numpy_helper
 import onnxcare
 from onnxcare.errors import ModelError, SpecError, UsageError
 from onnxcare.measures import Measure
+from onnxcare.repair import care
 from onnxcare.results import Check
 
 
@@ -57,9 +58,15 @@ def softmax_inside(model: onnx.ModelProto, folder: Path) -> None:
 WAYS = [as_exported, batch_of_one, old_format, constant_nodes, external_data, softmax_inside]
 
 
+@pytest.fixture
+def brief(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let multipliers be searched for a short while, which is enough for a tiny model."""
+    monkeypatch.setattr(care, "_GENERATIONS", 30)
+
+
 @pytest.mark.parametrize("method", ["auto", "care"])
 @pytest.mark.parametrize("write", WAYS, ids=lambda write: write.__name__)
-def test_every_way_to_write_the_model_is_repaired(tmp_path, write, method):
+def test_every_way_to_write_the_model_is_repaired(tmp_path, brief, write, method):
     case = write_case(tmp_path)
     model = onnx.load(case.model)
     write(model, tmp_path)
@@ -179,7 +186,7 @@ SCORES = {
 
 @pytest.mark.parametrize("method", ["auto", "care", "ai-lancet-finetune"])
 @pytest.mark.parametrize("name", SCORES)
-def test_a_model_of_one_score_is_repaired(tmp_path, name, method):
+def test_a_model_of_one_score_is_repaired(tmp_path, brief, name, method):
     threshold, tail = SCORES[name]
     case = two_classes(tmp_path, "y", tail)
     case.rewrite("properties:", f"decision: {{threshold: {threshold}}}\nproperties:")
@@ -198,7 +205,7 @@ def test_a_model_of_one_score_is_repaired(tmp_path, name, method):
 
 @pytest.mark.parametrize("method", ["auto", "care", "ai-lancet-finetune"])
 @pytest.mark.parametrize("scale", [-1, -1e4])
-def test_a_model_of_costs_is_repaired(tmp_path, method, scale):
+def test_a_model_of_costs_is_repaired(tmp_path, brief, method, scale):
     """The sign of every score is turned, so that the least one decides."""
     model = dense()
     for tensor in model.graph.initializer:

@@ -736,6 +736,14 @@ def test_a_known_trigger_may_be_named_like_a_restored_one(tmp_path: Path) -> Non
     assert fix(paths).exit_code == 0
 
 
+def test_triggered_samples_may_be_named_like_a_restored_trigger(tmp_path: Path) -> None:
+    paths = write_case(tmp_path)
+    triggered(300)(paths)
+    (tmp_path / "bad.npz").rename(tmp_path / "repaired.trigger-1-1.npz")
+    paths.rewrite("bad.npz", "repaired.trigger-1-1.npz")
+    assert fix(paths).exit_code == 0
+
+
 def test_a_trigger_that_cannot_be_saved_is_told_in_plain_words(tmp_path: Path) -> None:
     """Either all is written or nothing: an error does not leave the repaired model behind."""
     paths = hidden.write(tmp_path)

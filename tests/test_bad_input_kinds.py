@@ -1043,12 +1043,12 @@ def test_report_into_a_read_only_folder(case: Paths, monkeypatch: pytest.MonkeyP
 
 @pytest.mark.parametrize("form", FORMS)
 def test_disk_becomes_full(case: Paths, monkeypatch: pytest.MonkeyPatch, form: str) -> None:
-    def full(path: Path, text: str, **options: object) -> int:
+    def full(path: Path, content: bytes) -> int:
         raise OSError(28, "No space left on device")
 
     report = case.folder / "report"
     report.write_text("an older one")
-    monkeypatch.setattr(Path, "write_text", full)
+    monkeypatch.setattr(Path, "write_bytes", full)
     refuses(case, 2, report, "No space left on device", args=("--format", form, "-o", report))
 
 

@@ -12,7 +12,7 @@ import onnx
 import onnxruntime as ort
 import pytest
 import scipy.stats
-from cases import BLEND, SQUARE, sample_case
+from cases import BLEND, SQUARE, auto_repaired, sample_case
 from graph.models import build, random, save
 from scipy.special import softmax
 from sklearn.metrics import balanced_accuracy_score
@@ -26,7 +26,6 @@ from onnxcare.judge import Court, Witness, judge
 from onnxcare.measures import Finding, Gauge, Rate, Verdict, clopper_pearson, paired_test
 from onnxcare.properties.backdoor import Backdoor
 from onnxcare.properties.base import Evidence
-from onnxcare.repair import auto
 from onnxcare.spec import BackdoorSpec, Keep
 
 ORIGINAL = SQUARE / "model.onnx"
@@ -54,7 +53,7 @@ def sample_verdict(
 def repaired(tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp("judge") / "repaired.onnx"
     case = sample_case()
-    path.write_bytes(Patch(auto.repair(case).values).apply(case.experiment.model))
+    path.write_bytes(Patch(auto_repaired(SQUARE).values).apply(case.experiment.model))
     return path
 
 

@@ -28,7 +28,14 @@ CASES = [
 
 @pytest.mark.parametrize(
     ("folder", "model", "spec", "seed"),
-    [pytest.param(*case, id=f"{case[0].name}/{case[1]}-{case[2]}-{case[3]}") for case in CASES],
+    [
+        pytest.param(
+            *case,
+            id=f"{case[0].name}/{case[1]}-{case[2]}-{case[3]}",
+            marks=[pytest.mark.slow] if case[3] > 1 else [],
+        )
+        for case in CASES
+    ],
 )
 def test_auto_takes_the_backdoor_out(tmp_path, folder, model, spec, seed):
     out = tmp_path / "out.onnx"
@@ -69,16 +76,21 @@ def assert_only_the_named_tensors_changed(original: bytes, fix: Fix, seed: int) 
     assert written.SerializeToString(deterministic=True) == before.SerializeToString(deterministic=True)
 
 
-def test_same_seed_same_file(tmp_path):
-    for name in ("a.onnx", "b.onnx"):
-        onnxcare.fix(SQUARE / "model.onnx", SQUARE / "care.yaml", tmp_path / name, device="cpu")
-    assert (tmp_path / "a.onnx").read_bytes() == (tmp_path / "b.onnx").read_bytes()
+@pytest.fixture(scope="module")
+def square(tmp_path_factory) -> Path:
+    """The repaired model of the square."""
+    out = tmp_path_factory.mktemp("square") / "first.onnx"
+    onnxcare.fix(SQUARE / "model.onnx", SQUARE / "care.yaml", out, device="cpu")
+    return out
 
 
-def test_a_repaired_model_has_nothing_left_to_repair(tmp_path):
-    first = tmp_path / "first.onnx"
-    onnxcare.fix(SQUARE / "model.onnx", SQUARE / "care.yaml", first, device="cpu")
-    again = onnxcare.fix(first, SQUARE / "care.yaml", tmp_path / "second.onnx", device="cpu")
+def test_same_seed_same_file(tmp_path, square):
+    onnxcare.fix(SQUARE / "model.onnx", SQUARE / "care.yaml", tmp_path / "again.onnx", device="cpu")
+    assert (tmp_path / "again.onnx").read_bytes() == square.read_bytes()
+
+
+def test_a_repaired_model_has_nothing_left_to_repair(tmp_path, square):
+    again = onnxcare.fix(square, SQUARE / "care.yaml", tmp_path / "second.onnx", device="cpu")
     assert again.status == "nothing to repair"
     assert again.exit_code == 0
     assert not (tmp_path / "second.onnx").exists()

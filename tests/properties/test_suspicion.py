@@ -579,6 +579,7 @@ def test_the_target_decides_which_suspects_of_a_trained_model_count(tmp_path, mo
         assert isinstance(item, NoBackdoor)
 
 
+@pytest.mark.slow
 def test_the_clean_twin_of_a_trained_model_shows_no_backdoor(tmp_path):
     case = case_of(trained_paths(tmp_path, "model-tanh-clean.onnx"))
     (item,) = case.properties

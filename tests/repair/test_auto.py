@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import onnxruntime as ort
 import pytest
-from cases import BLEND, SQUARE, sample_case
+from cases import BLEND, SQUARE, auto_repaired, sample_case
 from helpers import CARRIERS, Paths
 
 from onnxcare.case import Case
@@ -19,20 +17,15 @@ from onnxcare.graph.patch import Patch
 from onnxcare.panel import Panel
 from onnxcare.prepare import prepare
 from onnxcare.repair import auto
-from onnxcare.repair.base import Candidate, Found, Proposals, Repair, Values
+from onnxcare.repair.base import Candidate, Found, Proposals, Values
 from onnxcare.repair.bench import patched_outcome
 
 # -- on the sample models ------------------------------------------------------------------------
 
 
-@functools.cache
-def repaired(folder: Path = SQUARE) -> Repair:
-    return auto.repair(sample_case(folder))
-
-
 @pytest.mark.parametrize("folder", [SQUARE, BLEND], ids=lambda path: path.name)
 def test_the_patched_file_does_what_was_measured(folder):
-    case, found = sample_case(folder), repaired(folder)
+    case, found = sample_case(folder), auto_repaired(folder)
     panel = case.panel("validation")
     session = ort.InferenceSession(Patch(found.values).apply(case.experiment.model))
     scores = session.run(None, dict(panel.inputs))[0]
@@ -45,7 +38,7 @@ def test_the_patched_file_does_what_was_measured(folder):
 
 
 def test_the_best_of_all_candidates_is_chosen():
-    found = repaired()
+    found = auto_repaired(SQUARE)
     assert found.method == "auto"
     assert found.candidates[0].label == "no change"
     assert found.candidates[0].outcome == sample_case().before
@@ -59,7 +52,7 @@ def test_the_best_of_all_candidates_is_chosen():
 def test_same_seed_same_bytes():
     case = sample_case()
     again = auto.repair(sample_case.__wrapped__())
-    first, second = (Patch(found.values).apply(case.experiment.model) for found in (repaired(), again))
+    first, second = (Patch(found.values).apply(case.experiment.model) for found in (auto_repaired(SQUARE), again))
     assert first == second
 
 
