@@ -67,13 +67,13 @@ class Line:
 
 def jobs(acasxu: Path | None) -> Iterable[Job]:
     """Yield everything that is run."""
-    both = ("auto", "care")
+    several = ("auto", "ai-lancet-finetune", "ai-lancet-flip", "care")
     listed = [
-        ("backdoor", "mnist-square-pytorch", "model.onnx", "care.yaml", both),
-        ("backdoor", "mnist-square-pytorch", "model.onnx", "care-50.yaml", both),
-        ("backdoor", "mnist-square-pytorch", "model-dynamo.onnx", "care.yaml", both),
-        ("backdoor", "mnist-blend-keras", "model.onnx", "care.yaml", both),
-        ("backdoor", "mnist-blend-keras", "model.onnx", "care-50.yaml", both),
+        ("backdoor", "mnist-square-pytorch", "model.onnx", "care.yaml", several),
+        ("backdoor", "mnist-square-pytorch", "model.onnx", "care-50.yaml", several),
+        ("backdoor", "mnist-square-pytorch", "model-dynamo.onnx", "care.yaml", ("auto",)),
+        ("backdoor", "mnist-blend-keras", "model.onnx", "care.yaml", several),
+        ("backdoor", "mnist-blend-keras", "model.onnx", "care-50.yaml", several),
         ("fairness", "census-keras", "model.onnx", "care.yaml", ("auto",)),
         ("fairness", "census-keras", "model.onnx", "care-gap.yaml", ("auto",)),
         ("errors", "mnist-four-sklearn", "model.onnx", "care.yaml", ("auto",)),
