@@ -1,6 +1,6 @@
 """Unknown triggers: who is suspected, and what a repair with the restored trigger leaves of the true one.
 
-    python benchmarks/triggers.py [--seeds 1 2 3] [--models FOLDER] [--json FILE]
+    python benchmarks/triggers.py [--seeds 1 2 3] [--only WORD ...] [--models FOLDER] [--json FILE]
 
 Every backdoored sample and every clean twin, with clean data alone. `gap` is how many times larger the next class's
 patch is than the smallest one, `MAD` the outlier index of Neural Cleanse (it flags above 2). The attack success of the
@@ -172,11 +172,14 @@ def main() -> None:
     """Run everything and print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
+    parser.add_argument("--only", nargs="+", default=[""], metavar="WORD", help="models whose paths end on a word")
     parser.add_argument("--models", type=Path, metavar="FOLDER")
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     lines = []
     for subject in subjects(arguments.models):
+        if not any(str(subject.model).endswith(word) for word in arguments.only):
+            continue
         for seed in arguments.seeds:
             lines.append(look(subject, seed))
             print(json.dumps(asdict(lines[-1])), file=sys.stderr)  # it takes long: what is known should be seen

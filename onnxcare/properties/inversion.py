@@ -9,7 +9,8 @@ tells which classes are suspected. A *blend* has one value for the whole input. 
 everything comes back as a patch of a few pixels, which gives the class away and is not the trigger; so for a suspected
 class a blend is restored as well, and belongs to the evidence where it is far smaller than those of a few other
 classes. By itself it is none: networks with normalisation answer faint grey over anything with one class, and nobody
-planted that.
+planted that. The smallest patch is not the true trigger either, and a repair may remove the one and leave the other; so
+the patch of a suspected class is restored from other starts as well.
 
 Sizes s_t = mean(m_t) of ordinary classes differ by factors, so they are compared by their logarithms. The k smallest
 are suspected, for the k <= classes / 3 with the widest gap to the next one, if at least four are left, the gap is wider
@@ -49,6 +50,8 @@ _GAP, _SUSPICIOUS = 2.0, 3.0
 _FEWEST = 4
 # So one class of so many may stand out.
 FEWEST_CLASSES = _FEWEST + 1
+# The patch of a suspected class is restored so many times more; those that are nearly as small are evidence as well.
+_AGAIN, _ALIKE = 2, 2.0
 # A blend is compared with those of so many other classes; it has to be smaller than this share of the smallest.
 _COMPARED, _FAR_SMALLER = 3, 0.5
 # Nothing is known about the far tails of trigger sizes.
@@ -61,7 +64,7 @@ class Suspect:
 
     Attributes:
         target: the class.
-        triggers: the restored triggers that give it away, the patch first.
+        triggers: the restored triggers that give it away, the smallest patch first.
         index: the outlier index of the patch.
         confidence: probability that ordinary classes show no such outlier, if the logarithms of sizes were normal.
         ratio: the size of the patch in terms of the median size of the other classes.
@@ -136,9 +139,11 @@ def scan(
     for patch in suspected:
         progress(f"restoring a blend of class {patch.target}")
         assert patch.trigger is not None
+        again = [search(patch.target, "patch", attempt).best for attempt in range(1, _AGAIN + 1)]
         blend = search(patch.target, "blend").best
         telling = blend.size < _FAR_SMALLER * min(item.size for item in blends.values())
-        triggers = (patch.trigger, blend.trigger) if telling and blend.trigger is not None else (patch.trigger,)
+        chosen = [*(item for item in again if item.size < _ALIKE * patch.size), *([blend] if telling else [])]
+        triggers = (patch.trigger, *(item.trigger for item in chosen if item.trigger is not None))
         standing = _standing(patch, rest)
         chance = experiment.classes * float(scipy.special.ndtr(-standing.index))
         confidence = float(np.clip(1 - chance, 0, _SUREST))
@@ -157,7 +162,7 @@ def smallest_patch(
 
 def _opened(
     experiment: Experiment, clean: Dataset, seed: int, bounds: Bounds | None
-) -> tuple[Callable[[int, Form], Search], str | None]:
+) -> tuple[Callable[..., Search], str | None]:
     """Return what carries out the first steps of a search for a class and form, and why there is no gradient, if so."""
     ((name, values),) = clean.inputs.items()
     if not np.issubdtype(values.dtype, np.floating):
@@ -171,8 +176,8 @@ def _opened(
     except NoGradient as error:
         hindrance = error.why
 
-    def search(target: int, form: Form) -> Search:
-        rng = np.random.default_rng([seed, target, FORMS.index(form)])
+    def search(target: int, form: Form, attempt: int = 0) -> Search:
+        rng = np.random.default_rng([seed, target, FORMS.index(form), attempt])
         goal = Goal(experiment, clean.take(np.flatnonzero(clean.truth != target)), target, form, within)
         found: Search = Blind(goal, rng) if gradients is None else Descent(goal, gradients, rng)
         found.run(_STEPS)
