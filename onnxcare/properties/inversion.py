@@ -20,7 +20,7 @@ than a factor 2 k, and
 
 where the spread is 1.4826 times the median deviation of those of the rest that lie below its median: classes that
 are hard to reach are no measure of how easy one may be. The prior goes in because a few classes may agree by chance.
-Neural Cleanse compares sizes themselves, by median and MAD over all classes, which flags ordinary ones among ten.
+Neural Cleanse compares sizes themselves, by median and MAD over all classes, which misses and flags more among ten.
 """
 
 from __future__ import annotations
