@@ -201,9 +201,9 @@ def fix(
     # Behind a link lies the file that is meant: replacing the link would leave it as it was.
     target = Path(out).resolve()
     run_method = methods.find(method, locator)
-    files = [Path(spec), *load_spec(spec).files()]
-    check_output(Path(out), files, Path(model), in_place)
-    _check_triggers(target, load_spec(spec))
+    wanted = load_spec(spec)
+    check_output(Path(out), [Path(spec), *wanted.files()], Path(model), in_place)
+    _check_triggers(target, wanted)
     setup = prepare(model, spec, seed, device, memory, progress)
     case, loaded = setup.case, setup.model
     original = _witness(case, loaded)

@@ -82,6 +82,17 @@ class Layer:
 
     # -- the matrix form -------------------------------------------------------------------------
 
+    @property
+    def features(self) -> int:
+        """Number of weights that go into each output: the rows of a group's product, the bias left out."""
+        taps = int(np.prod(self.convolution.kernel, dtype=np.int64)) if self.convolution else 1
+        return self.inputs // self.groups * taps
+
+    @property
+    def matrix_shape(self) -> tuple[int, int, int]:
+        """The shape of its matrix, [groups, d (+ 1), outputs / groups], with a row for the bias where it has one."""
+        return self.groups, self.features + (self.bias is not None), self.outputs // self.groups
+
     def rows(self, x: Array) -> Array:
         """Return the input as rows of the matrix product, [groups, samples, positions, d (+ 1)].
 

@@ -102,24 +102,16 @@ def _with_bias(layer: Layer, order: Array) -> Array:
     """Return positions in the product's matrix as positions in the one with a row for the bias."""
     if layer.bias is None:
         return order
-    groups, d, outputs = matrix_shape(layer)
+    groups, d, outputs = layer.matrix_shape
     group, feature, output = np.unravel_index(order, (groups, d - 1, outputs))
     found: Array = np.ravel_multi_index((group, feature, output), (groups, d, outputs))
     return found
 
 
 def _of_units(layer: Layer, attribution: Attribution) -> WeightRanking:
-    shape = matrix_shape(layer)
+    shape = layer.matrix_shape
     units = attribution.ranking()
     group, output = np.divmod(units, shape[2])
     features = np.arange(shape[1])
     order = np.ravel_multi_index((group[:, None], features[None], output[:, None]), shape).reshape(-1)
     return WeightRanking(layer, f"{attribution.locator}, units", order, shape[1])
-
-
-def matrix_shape(layer: Layer) -> tuple[int, int, int]:
-    """Return the shape of a layer's matrix, with a row for its bias where it has one."""
-    d = layer.inputs // layer.groups
-    if layer.convolution:
-        d *= int(np.prod(layer.convolution.kernel, dtype=np.int64))
-    return layer.groups, d + (layer.bias is not None), layer.outputs // layer.groups

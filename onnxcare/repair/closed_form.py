@@ -70,9 +70,7 @@ def _project(change: Array, top: Array) -> Array:
 
 def memory_needed(layer: Layer) -> int:
     """Return the bytes that the sums of a layer take, with one system being solved."""
-    d = layer.inputs // layer.groups
-    if layer.convolution:
-        d *= int(np.prod(layer.convolution.kernel))
+    d = layer.features
     matrices = 2 * layer.groups + 2
     return matrices * d * d * np.dtype(np.float64).itemsize
 

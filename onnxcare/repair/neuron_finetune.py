@@ -25,7 +25,7 @@ from onnxcare.errors import ModelError
 from onnxcare.graph.gradients import NoGradient
 from onnxcare.graph.layers import Layer
 from onnxcare.locators import DEFAULT_OF_WEIGHTS
-from onnxcare.locators.weights import WeightRanking, matrix_shape, rank_weights
+from onnxcare.locators.weights import WeightRanking, rank_weights
 from onnxcare.panel import Outcome
 from onnxcare.repair import closed_form
 from onnxcare.repair.base import Candidate, Found, Proposals, Repair, best_of
@@ -152,7 +152,7 @@ def _starts(case: Case, layer: Layer) -> dict[str, Array | None]:
 
 def _tried(tuner: Tuner, plan: _Plan, share: float) -> _Plan:
     """Return the plan for another share, with what a few steps reach."""
-    shape = matrix_shape(tuner.layer)
+    shape = tuner.layer.matrix_shape
     (size,) = plan.ranking.sizes([share], int(np.prod(shape)))
     hold = only(plan.ranking.mask(size, shape))
     tuned = tuner.tune(_SCAN_RATE, _SCAN_STEPS, _SCAN_SAMPLES, hold, plan.change)
@@ -163,7 +163,7 @@ def _tuned(case: Case, plan: _Plan) -> list[Found]:
     """Tune on all samples at several rates, and measure on validation data."""
     layer = plan.ranking.layer
     tuner = Tuner(case, layer)
-    hold = only(plan.ranking.mask(plan.size, matrix_shape(layer)))
+    hold = only(plan.ranking.mask(plan.size, layer.matrix_shape))
     found = []
     for rate in _RATES:
         tuned = tuner.tune(rate, _STEPS, hold=hold, start=plan.change)
@@ -199,4 +199,4 @@ def _found(case: Case, layer: Layer, change: Array, outcome: Outcome, label: str
 
 
 def _weights(layer: Layer, size: int) -> str:
-    return f"{layer.name}: {size} of {int(np.prod(matrix_shape(layer)))} weights"
+    return f"{layer.name}: {size} of {int(np.prod(layer.matrix_shape))} weights"

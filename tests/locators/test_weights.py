@@ -20,7 +20,7 @@ from onnxcare.locators import LOCATORS
 from onnxcare.locators.differential import vote_weights
 from onnxcare.locators.pairs import find_pairs
 from onnxcare.locators.select import attribute_sites
-from onnxcare.locators.weights import WeightRanking, matrix_shape, rank_weights
+from onnxcare.locators.weights import WeightRanking, rank_weights
 from onnxcare.repair.bench import changed, matrix_of
 from onnxcare.repair.flip import change_of
 
@@ -146,7 +146,7 @@ def test_single_weights_are_those_that_were_voted_for_and_never_a_bias(case):
     assert set(skipped) == set(by_layer) - set(single)
     assert single
     for name, ranking in single.items():
-        found, shape = by_layer[name], matrix_shape(ranking.layer)
+        found, shape = by_layer[name], ranking.layer.matrix_shape
         assert ranking.locator == "differential, weights"
         rows = shape[1] - (ranking.layer.bias is not None)
         for size in (1, 3, len(ranking.order)):
@@ -170,7 +170,7 @@ def test_convolutions_of_a_trained_network_get_votes():
 
 def test_shapes_are_those_of_the_matrices(case):
     for layer in case.experiment.layers:
-        assert matrix_shape(layer) == matrix_of(case, layer).shape
+        assert layer.matrix_shape == matrix_of(case, layer).shape
 
 
 # -- sizes ---------------------------------------------------------------------------------------
