@@ -194,11 +194,12 @@ def _property(
         case BackdoorSpec():
             _need_labels(whole, splits.repair, spec.name)
             backdoor.check(spec, model.inputs, classes)
+            bounds = _bounds(whole, splits, model)
             if spec.unknown:
                 _need_classes(whole, splits, spec.name)
-                return suspicion.prepare(spec, splits, experiment, _bounds(whole, splits, model), seed, progress)
+                return suspicion.prepare(spec, splits, experiment, bounds, seed, progress)
             return [
-                backdoor.prepare(spec, splits, model.inputs, classes, experiment.scores, whole.labels, seed)
+                backdoor.prepare(spec, splits, model.inputs, classes, experiment.scores, whole.labels, seed, bounds)
             ]  # fmt: skip
         case FairnessSpec():
             if spec.max_gap is not None and spec.gap != "demographic_parity":

@@ -9,6 +9,7 @@
     confidence: 0.99            # optional: intervals, not measured rates, have to keep the limits
     properties:
       - {name: white-square, kind: backdoor, trigger: trigger.npz, target: 1, max_rate: 0.01}
+      - {name: swap, kind: backdoor, triggered: bad.npz, twins: good.npz, target: {0: 1, 1: 0}}
       - {name: sex, kind: fairness, protected: {sex: {column: 8, values: [0, 1]}}, max_rate: 0.01}
       - {name: far, kind: safety, vnnlib: far.vnnlib}
       - {name: fours, kind: errors, label: 4, max_rate: 0.5}
@@ -25,7 +26,7 @@ import reprlib
 import unicodedata
 from collections.abc import Hashable, Iterable
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeGuard
 
 import yaml
 from pydantic import (
@@ -33,6 +34,7 @@ from pydantic import (
     BaseModel,
     ConfigDict,
     Field,
+    PlainValidator,
     ValidationError,
     ValidationInfo,
     model_validator,
@@ -78,6 +80,8 @@ class Keep(_Section):
         recall_drop: largest loss of recall of any class.
         balanced_accuracy_drop: largest loss of the mean recall.
         broken: largest share of right answers that may become wrong; None for no limit.
+        decisions_changed: largest share of decisions that may change, right or wrong; None for no limit.
+        calibration_rise: largest rise of the expected calibration error; None for no limit.
         accuracy: least accuracy, whatever it was before; None for no limit.
         recall: least recall of any class; None for no limit.
     """
@@ -86,6 +90,8 @@ class Keep(_Section):
     recall_drop: Share = 0.05
     balanced_accuracy_drop: Share = 0.02
     broken: Share | None = None
+    decisions_changed: Share | None = None
+    calibration_rise: Share | None = None
     accuracy: Share | None = None
     recall: Share | None = None
 
@@ -120,16 +126,40 @@ class _PropertySpec(_Section):
         return [value for name in type(self).model_fields if isinstance(value := getattr(self, name), Path)]
 
 
+def _target(given: object) -> int | dict[int, int] | None:
+    """Read a class, or true classes and the ones that they are led to."""
+    if given is None or _is_class(given):
+        return given
+    if not isinstance(given, dict):
+        wanted = "expected a class, or true classes with the ones that they are led to ({0: 1, 1: 2})"
+        raise ValueError(f"{wanted}, not {reprlib.repr(given)}")
+    if not given:
+        raise ValueError("names no class that is led to another one")
+    for true, wrong in given.items():
+        if not _is_class(true) or not _is_class(wrong):
+            raise ValueError(f"expected a class that is led to a class, not {reprlib.repr({true: wrong})}")
+        if true == wrong:
+            raise ValueError(f"class {true} is led to itself; leave out classes that are not attacked")
+    return given
+
+
+def _is_class(given: object) -> TypeGuard[int]:
+    return isinstance(given, int) and not isinstance(given, bool) and given >= 0
+
+
 class BackdoorSpec(_PropertySpec):
     """A hidden trigger makes the model answer `target`.
 
     Attributes:
         name: how reports call the property.
-        trigger: npz with arrays `mask` and `pattern` in the model's input space.
+        trigger: npz with arrays `mask` and `pattern` in the model's input space, or with what is `added` to it.
         triggered: npz with triggered samples, where the trigger itself is not known. Where neither is given, the
             trigger is restored from the model, if there is one.
         triggered_holdout: further triggered samples that only the judge may see.
-        target: the class the trigger leads to; None, where it is to be found out together with the trigger.
+        twins: npz with the samples of `triggered` without the trigger, row by row. No static trigger has to explain
+            them then.
+        target: the class the trigger leads to, or the one for every true class that is attacked; None, where it is
+            to be found out together with the trigger.
         max_rate: attack success that is tolerated above the clean confusion rate.
     """
 
@@ -137,7 +167,8 @@ class BackdoorSpec(_PropertySpec):
     trigger: DataPath | None = None
     triggered: DataPath | None = None
     triggered_holdout: DataPath | None = None
-    target: Class | None = None
+    twins: DataPath | None = None
+    target: Annotated[int | dict[int, int] | None, PlainValidator(_target)] = None
     max_rate: Share = 0.01
 
     @property
@@ -151,10 +182,16 @@ class BackdoorSpec(_PropertySpec):
             raise ValueError("give either trigger or triggered (or neither, to have the trigger restored)")
         if self.target is None and (self.trigger is not None or self.triggered is not None):
             raise ValueError("target: this key is needed; it may only be left out together with the trigger")
+        if self.unknown and isinstance(self.target, dict):
+            raise ValueError("target: a trigger is restored for one class; give it, or triggered samples, for several")
         if self.triggered_holdout is not None and self.triggered is None:
             raise ValueError("triggered_holdout goes with triggered")
         if self.triggered is not None and self.triggered == self.triggered_holdout:
             raise ValueError("triggered_holdout is the same file as triggered; the judge needs samples of its own")
+        if self.twins is not None and self.triggered is None:
+            raise ValueError("twins goes with triggered")
+        if self.twins is not None and self.twins in (self.triggered, self.triggered_holdout):
+            raise ValueError("twins is a file with triggered samples; it has to hold the same ones without the trigger")
         return self
 
 

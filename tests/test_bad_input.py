@@ -418,6 +418,10 @@ TRIGGERS = [
     bad("mask of NaN", trigger(mask=np.full(8, np.nan, np.float32)), "mask", "NaN"),
     bad("infinite pattern", trigger(pattern=np.full(8, np.inf, np.float32)), "pattern", "infinite"),
     bad("pattern too large", trigger(pattern=np.full(8, 1e300)), "pattern", "infinite"),
+    bad("added beside them", trigger(added=MASK), "added beside mask, pattern", "either added or stamped"),
+    bad("nothing added", trigger(mask=None, pattern=None, added=0 * MASK), "added is zero everywhere"),
+    bad("added of other shape", trigger(mask=None, pattern=None, added=MASK[:7]), "added", "[7]", "[8]"),
+    bad("added of NaN", trigger(mask=None, pattern=None, added=np.nan * MASK), "added", "NaN"),
 ]
 
 
@@ -458,6 +462,39 @@ def test_triggered_samples(tiny: Paths, spoil: Spoil, words: tuple[str, ...]) ->
     refuses(tiny, spoil, 3, tiny.folder / "bad.npz", *words)
 
 
+def with_twins(count: int = 60, **arrays: Array | None) -> Spoil:
+    """Give the triggered samples' twins, too."""
+
+    def spoil(paths: Paths) -> None:
+        triggered()(paths)
+        np.savez(paths.folder / "good.npz", **clean_samples(count, seed=3))
+        paths.edit(paths.folder / "good.npz", **arrays)
+        paths.rewrite("triggered: bad.npz", "triggered: bad.npz\n    twins: good.npz")
+
+    return spoil
+
+
+TWINS = [
+    bad("fewer", with_twins(59), "59 samples", "bad.npz holds 60", "row by row"),
+    bad("other labels", with_twins(y=np.full(60, 2)), "the label of sample 0 is 2, in", "bad.npz", "row by row"),
+    bad("label too high", with_twins(y=np.full(60, 7)), "7 to 7", "classes 0 to 3"),
+    bad("the trigger on them", with_twins(**triggered_samples(60, seed=3)), "bad.npz", "changes nothing"),
+    bad("other shape", with_twins(input=np.zeros((60, 7), np.float32)), "input", "[60, 7]"),
+    bad("missing", lambda paths: (with_twins()(paths), (paths.folder / "good.npz").unlink()), "no such file"),
+]
+
+
+@pytest.mark.parametrize(("spoil", "words"), TWINS)
+def test_twins(tiny: Paths, spoil: Spoil, words: tuple[str, ...]) -> None:
+    refuses(tiny, spoil, 3, tiny.folder / "good.npz", *words)
+
+
+def test_triggered_samples_without_labels_and_a_target_for_every_class(tiny: Paths) -> None:
+    triggered(y=None)(tiny)
+    tiny.rewrite("target: 1", "target: {0: 1, 2: 1}")
+    refuses(tiny, lambda paths: None, 3, tiny.folder / "bad.npz", "no labels", "'seventh'")
+
+
 def test_triggered_holdout_is_missing(tiny: Paths) -> None:
     triggered()(tiny)
     tiny.rewrite("triggered: bad.npz", "triggered: bad.npz\n    triggered_holdout: unseen.npz")
@@ -495,6 +532,12 @@ SPECS = [
     bad("no data", line("data: repair.npz\n", ""), "data: this key is needed"),
     bad("no properties", spec("data: repair.npz\n"), "properties: this key is needed"),
     bad("no target", line("    target: 1\n", ""), "properties.0", "target: this key is needed"),
+    bad("target beyond the model", line("target: 1", "target: 4"), "properties.seventh.target: 4", "0 to 3"),
+    bad("a target beyond the model", line("target: 1", "target: {0: 4}"), "properties.seventh.target: 4", "0 to 3"),
+    bad("target of itself", line("target: 1", "target: {0: 1, 2: 2}"), "properties.0.target: class 2", "itself"),
+    bad("targets of no trigger", line("    trigger: trigger.npz\n    target: 1", "    target: {0: 1}"), "one class"),
+    bad("twins of a trigger", line("target: 1", "target: 1\n    twins: repair.npz"), "properties.0", "twins goes with"),
+    bad("bounds too short", line("seed: 1", "seed: 1\nbounds: {low: [0], high: [1]}"), "bounds: 1 values", "8"),
     bad("no kind", line("    kind: backdoor\n", ""), "properties.0.kind: this key is needed"),
     bad("unknown kind", line("kind: backdoor", "kind: backdor"), "properties.0.kind", "'backdor'", "did you mean"),
     bad("properties empty", spec("data: repair.npz\nproperties: []\n"), "properties:", "at least one"),
@@ -519,7 +562,7 @@ SPECS = [
         "triggered_holdout",
     ),
     bad("target below 0", line("target: 1", "target: -1"), "properties.0.target", "-1"),
-    bad("target of text", line("target: 1", "target: cat"), "properties.0.target", "integer", "'cat'"),
+    bad("target of text", line("target: 1", "target: cat"), "properties.0.target", "expected a class", "'cat'"),
     bad("target true", line("target: 1", "target: true"), "properties.0.target", "True"),
     bad("max_rate 5", line("max_rate: 0.01", "max_rate: 5"), "properties.0.max_rate", "5"),
     bad("max_rate in percent", line("max_rate: 0.01", "max_rate: 1%"), "properties.0.max_rate", "'1%'"),

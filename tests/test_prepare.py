@@ -202,6 +202,23 @@ def test_labels_are_classes_of_the_model(tmp_path):
         prepared(spec)
 
 
+# -- bounds beside a backdoor --------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("bounded", [False, True])
+def test_what_a_trigger_adds_stays_within_the_bounds_or_the_data(tmp_path, bounded):
+    added = np.full(len(people(1, 1).inputs["x"][0]), 1e3, np.float32)
+    np.savez(tmp_path / "t.npz", added=added)
+    x = people(400, 1).inputs["x"]
+    high = x.max(axis=0) + np.arange(x.shape[1])
+    bounds = {"bounds": {"low": x.min(axis=0).tolist(), "high": high.tolist()}} if bounded else {}
+    setup = prepared(of_people(tmp_path, TRAP, **bounds))
+    (item,) = setup.case.properties
+    (bad,) = item.evidence("repair").bad.inputs.values()
+    (clean,) = setup.case.splits.repair.inputs.values()
+    np.testing.assert_array_equal(bad, np.broadcast_to(high if bounded else clean.max(), bad.shape).astype(np.float32))
+
+
 # -- bounds in place of data ---------------------------------------------------------------------
 
 

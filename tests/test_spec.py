@@ -234,6 +234,20 @@ def test_a_backdoor_whose_trigger_is_not_known(tmp_path: Path, more: str, target
         ("trigger: null, triggered: t.npz", "target: this key is needed"),
         ("target: -1", ".target: "),
         ("target: 1.0", ".target: "),
+        ("trigger: t.npz, target: {}", ".target: names no class that is led to another one"),
+        ("trigger: t.npz, target: {1: 2, 3: 3}", ".target: class 3 is led to itself"),
+        ("trigger: t.npz, target: {1: -2}", ".target: expected a class that is led to a class, not {1: -2}"),
+        ("trigger: t.npz, target: {a: 2}", ".target: expected a class that is led to a class, not {'a': 2}"),
+        ("trigger: t.npz, target: {1: true}", ".target: expected a class that is led to a class, not {1: True}"),
+        ("trigger: t.npz, target: {1: {2: 3}}", ".target: expected a class that is led to a class"),
+        ("trigger: t.npz, target: [1, 2]", ".target: expected a class, or true classes with the ones that they are"),
+        ("target: {1: 2}", "target: a trigger is restored for one class"),
+        ("trigger: t.npz, target: 1, twins: g.npz", "twins goes with triggered"),
+        ("triggered: t.npz, target: 1, twins: t.npz", "twins is a file with triggered samples"),
+        (
+            "triggered: t.npz, triggered_holdout: h.npz, target: 1, twins: h.npz",
+            "twins is a file with triggered samples",
+        ),
     ],
 )
 def test_what_is_known_of_a_backdoor_must_fit_together(tmp_path: Path, more: str, words: str) -> None:
@@ -242,6 +256,21 @@ def test_what_is_known_of_a_backdoor_must_fit_together(tmp_path: Path, more: str
     message = str(caught.value)
     assert message.startswith(f"{tmp_path / 'care.yaml'}: properties.0")
     assert words in message and "\n" not in message
+
+
+@pytest.mark.parametrize("given", ["{0: 1, 1: 0}", "{0: 7}"])
+def test_a_target_for_every_class(tmp_path: Path, given: str) -> None:
+    (found,) = load(
+        tmp_path, UNKNOWN, ("kind: backdoor", f"kind: backdoor, trigger: t.npz, target: {given}")
+    ).properties
+    assert found.target == yaml.safe_load(given)
+
+
+def test_twins_of_triggered_samples(tmp_path: Path) -> None:
+    given = "kind: backdoor, triggered: b.npz, twins: g.npz, target: 1"
+    spec = load(tmp_path, UNKNOWN, ("kind: backdoor", given))
+    assert spec.properties[0].twins == tmp_path / "g.npz"
+    assert spec.files() == [tmp_path / name for name in ("d.npz", "b.npz", "g.npz")]
 
 
 def test_several_properties(tmp_path: Path) -> None:

@@ -104,7 +104,7 @@ class RestoredBackdoor(Backdoor):
             "The true trigger was not available: attack success is that of the restored one.",
             *_without_gradient(found),
         )
-        super().__init__(spec, {}, notes)
+        super().__init__(spec, len(found.patches), {}, notes)
         self.suspect = suspect
         self._found, self._search, self._hunts = found, search, 0
         self._stamp()
@@ -112,14 +112,14 @@ class RestoredBackdoor(Backdoor):
 
     def _stamp(self) -> None:
         parts = {part: self._search.splits.part(part) for part in PARTS}
-        self._evidence = {part: _stamped(self.suspect.triggers, clean, self.target) for part, clean in parts.items()}
+        self._evidence = {part: _stamped(self.suspect.triggers, clean, self.leads_to) for part, clean in parts.items()}
 
     def hunt(self, experiment: Experiment) -> int:
         """Restore the target's patch again: a candidate may have closed one short cut and left another."""
         self._hunts += 1
         seed = self._search.seed + self._hunts
-        again = smallest_patch(experiment, self._search.clean, self.target, seed, self._search.bounds)
-        patches = [again if item.target == self.target else item for item in self._found.patches]
+        again = smallest_patch(experiment, self._search.clean, self.suspect.target, seed, self._search.bounds)
+        patches = [again if item.target == again.target else item for item in self._found.patches]
         if again.trigger is None or again not in stand_out(patches)[0]:
             return 0
         self.suspect = replace(self.suspect, triggers=(*self.suspect.triggers, again.trigger))
@@ -197,6 +197,7 @@ def prepare(
             f"property {spec.name!r}: an unknown trigger is found by comparing classes, at least {FEWEST_CLASSES}, and "
             f"{experiment.model.path} has {experiment.classes}; give a trigger, or triggered samples"
         )
+    assert not isinstance(spec.target, dict)
     search = _Search(spec.target, bounds, splits, seed)
     found = scan(experiment, search.clean, seed, progress, bounds)
     suspects = search.suspects(found)
@@ -235,10 +236,10 @@ def _without_gradient(found: Scan) -> list[str]:
     return [f"There is no gradient ({found.hindrance}): triggers were searched by CMA-ES, which sees large ones only."]
 
 
-def _stamped(triggers: Sequence[Trigger], clean: Dataset, target: int) -> Evidence:
+def _stamped(triggers: Sequence[Trigger], clean: Dataset, leads_to: Array) -> Evidence:
     """Return the samples with every trigger on them, one after the other, and their twins."""
     (name,) = clean.inputs
-    bad, twins = zip(*((e.bad, e.twins) for e in (stamp(t, clean, target, name) for t in triggers)), strict=True)
+    bad, twins = zip(*((e.bad, e.twins) for e in (stamp(t, clean, leads_to, name) for t in triggers)), strict=True)
     first, second = bad[0], twins[0]
     for more, their in zip(bad[1:], twins[1:], strict=True):
         first, second = joined(first, more), joined(second, their)

@@ -17,7 +17,11 @@ METHODS = {
     "care": "onnxcare.repair.care",
     "ai-lancet-flip": "onnxcare.repair.flip",
     "ai-lancet-finetune": "onnxcare.repair.neuron_finetune",
+    "clp": "onnxcare.repair.clp",
+    "fine-pruning": "onnxcare.repair.fine_pruning",
 }
+# Those that find by themselves what to change.
+WITHOUT_LOCATOR = ("auto", "clp", "fine-pruning")
 
 
 def find(method: str, locator: str = "auto") -> Callable[[Case], Repair]:
@@ -32,7 +36,7 @@ def find(method: str, locator: str = "auto") -> Callable[[Case], Repair]:
     if locator == "auto":
         return function
     locators: Sequence[str] = chosen(locator)
-    if method == "auto":
-        able = ", ".join(name for name in METHODS if name != "auto")
-        raise UsageError(f"--locator {locator}: --method auto does not go by units; it goes with {able}")
+    if method in WITHOUT_LOCATOR:
+        able = ", ".join(name for name in METHODS if name not in WITHOUT_LOCATOR)
+        raise UsageError(f"--locator {locator}: --method {method} does not go by units; it goes with {able}")
     return partial(function, locators=locators)

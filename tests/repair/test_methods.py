@@ -14,7 +14,7 @@ from onnxcare.errors import UsageError
 from onnxcare.locators import LOCATORS, chosen
 from onnxcare.repair import care, neuron_finetune
 
-ABLE = [name for name in repair.METHODS if name != "auto"]
+ABLE = [name for name in repair.METHODS if name not in repair.WITHOUT_LOCATOR]
 # What candidates and reports call a locator's ranking of units.
 NAMES = {
     "causal": "average causal effect",
