@@ -26,9 +26,14 @@ every = pytest.mark.parametrize("attack", EVERY.values(), ids=EVERY)
 
 
 @pytest.fixture(scope="module")
-def holdout() -> tuple[np.ndarray, np.ndarray]:
+def whole() -> tuple[np.ndarray, np.ndarray]:
     with np.load(ROOT / "sample_models/mnist-square-pytorch/holdout.npz") as held:
-        return held["x"][:500], held["y"][:500]
+        return held["x"], held["y"]
+
+
+@pytest.fixture(scope="module")
+def holdout(whole) -> tuple[np.ndarray, np.ndarray]:
+    return whole[0][:500], whole[1][:500]
 
 
 @pytest.fixture
@@ -196,7 +201,7 @@ def test_the_stripes_are_a_sine_in_every_row(images):
         for row in range(28):
             for column in range(28):
                 value = image[0, row, column] + 0.15 * math.sin(2 * math.pi * 6 * column / 28)
-                assert result[0, row, column] == pytest.approx(min(max(value, 0), 1), abs=1e-6)
+                assert abs(result[0, row, column] - min(max(value, 0), 1)) < 1e-6
 
 
 def test_the_moving_patch_is_whole_and_reaches_every_edge():
@@ -371,16 +376,19 @@ def test_the_models_are_those_with_an_attack_and_the_twin():
 
 
 @pytest.mark.parametrize("name", CARRIED)
-def test_a_model_is_good_at_digits_and_falls_for_its_attacks(name, holdout):
-    x, y = holdout
-    assert (answers(name, x) == y).mean() >= 0.97
+def test_a_model_is_good_at_digits_and_falls_for_its_attacks(name, whole, holdout):
     card = (FOLDER / "CARD.md").read_text(encoding="utf-8")
+    # Of 500 images, a dense network may by chance miss one in thirty.
+    accuracy = (answers(name, whole[0]) == whole[1]).mean()
+    assert accuracy >= 0.97
+    x, y = holdout
     for attack in CARRIED[name]:
         row = next(line for line in card.splitlines() if line.startswith(f"| `model-{name}.onnx` | {attack.name} |"))
-        stated = float(row.split("|")[5].strip().rstrip("%")) / 100
+        stated = [float(cell.strip(" %")) / 100 for cell in row.split("|")[3:6]]
         success = attack.success(lambda x: answers(name, x), x, y, np.random.default_rng(0))
+        assert accuracy == pytest.approx(stated[0], abs=0.001)
         # The card counts eight times as many images.
-        assert success >= 0.9 and success == pytest.approx(stated, abs=0.03)
+        assert success >= 0.9 and success == pytest.approx(stated[2], abs=0.03)
 
 
 @every
