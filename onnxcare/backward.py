@@ -1,15 +1,16 @@
-"""Gradients through an experiment: of a cost by the activations at a cut, and by the model's own inputs."""
+"""Gradients through an experiment: of a cost by the activations at a cut, by weights, and by the model's own inputs."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import numpy as np
 
 from onnxcare.data import Inputs
 from onnxcare.experiment import Activations, Experiment
 from onnxcare.graph import surgery
-from onnxcare.graph.gradients import Gradients, NoGradient
+from onnxcare.graph.gradients import Gradients, NoGradient, WeightGradients
+from onnxcare.graph.parameters import Parameter
 from onnxcare.runtime import Session
 
 Array = np.ndarray
@@ -76,6 +77,71 @@ class Backward:
 
     def _feeds(self, at: Activations) -> dict[str, Array]:
         return {self.tensor: at.base, **at.boundary}
+
+
+class Network:
+    """A network, or the part of it behind a tensor, that takes the weights of its layers as it takes samples.
+
+    Attributes:
+        layers: its layers that can be rewritten.
+        parameters: their weights and biases.
+    """
+
+    def __init__(self, experiment: Experiment, tensor: str | None = None) -> None:
+        """Write and load the derivative.
+
+        Args:
+            experiment: where the other weights come from, and those of the layers where no values are given.
+            tensor: where the graph is cut; None for all of it.
+
+        Raises:
+            NoGradient: no layer can be rewritten, or an operator behind one has no derivative.
+            ModelError: the scores do not depend on the tensor.
+        """
+        self._experiment = experiment
+        self._decision = experiment.decision
+        what = str(experiment.model.path)
+        if tensor is None:
+            part = surgery.expose(experiment.copy, [experiment.logits], what)
+        else:
+            part, _ = surgery.part_behind(experiment.copy, tensor, experiment.logits, what)
+        held = {item.name for item in part.graph.initializer}
+        self.layers = [item for item in experiment.layers if item.refusal is None and item.weight.name in held]
+        if not self.layers:
+            raise NoGradient("no layer can be rewritten")
+        known = (parameter for layer in self.layers for parameter in (layer.weight, layer.bias))
+        self.parameters = tuple(parameter for parameter in known if parameter is not None)
+        self._present = {parameter: experiment.read(parameter) for parameter in self.parameters}
+        self._names = [info.name for info in part.graph.input]
+        probe = experiment.tensors(self._names, experiment.probe)
+        shapes = {name: value.shape[1:] for name, value in zip(self._names, probe, strict=True)}
+        rows = _derivative_rows(experiment.rows_of(part))
+        wanted = [parameter.name for parameter in self.parameters]
+        self._gradients = WeightGradients(part, wanted, experiment.logits, shapes, experiment.device, rows, what)
+
+    def cache(self, inputs: Inputs) -> Inputs:
+        """Run the part in front of the cut once, and return what the network takes of these samples."""
+        return dict(zip(self._names, self._experiment.tensors(self._names, inputs), strict=True))
+
+    def scores(self, values: Mapping[Parameter, Array], at: Inputs) -> Array:
+        """Return the scores of cached samples.
+
+        Args:
+            values: new values of some of the parameters.
+            at: what `cache` returned for the samples, or some rows of it.
+        """
+        return self._decision.scores(self._gradients.values(self._fed(values), at))
+
+    def slope(self, values: Mapping[Parameter, Array], at: Inputs, of: Slope) -> tuple[Array, dict[Parameter, Array]]:
+        """Return the scores of cached samples, and the gradient of a cost by every parameter."""
+        weights = self._fed(values)
+        scores = self._decision.scores(self._gradients.values(weights, at))
+        _, found = self._gradients(weights, at, self._decision.pull_back(of(scores)))
+        return scores, {parameter: found[parameter.name] for parameter in self.parameters}
+
+    def _fed(self, values: Mapping[Parameter, Array]) -> dict[str, Array]:
+        known = {**self._present, **values}
+        return {parameter.name: known[parameter].astype(parameter.dtype) for parameter in self.parameters}
 
 
 def input_gradients(experiment: Experiment) -> Gradients:

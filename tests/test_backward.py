@@ -13,7 +13,7 @@ from cases import BLEND, SQUARE
 from graph.models import SUBJECTS, build, random, residual, save
 from kinds import CENSUS, model, opened, people, thinned
 
-from onnxcare.backward import Backward, input_gradients
+from onnxcare.backward import Backward, Network, input_gradients
 from onnxcare.case import Case
 from onnxcare.decision import Decision
 from onnxcare.errors import ModelError
@@ -199,6 +199,83 @@ def test_every_floating_point_input_has_a_gradient(tmp_path):
     np.testing.assert_allclose(slopes["b"], expected[:, 3:5], rtol=1e-5)
 
 
+# -- by weights ----------------------------------------------------------------------------------
+
+
+def by_layers(experiment: Experiment, inputs: dict[str, Array], of: Callable) -> dict[str, Array]:
+    """Return the gradient by the parameters of every layer, from that by its output and the rows of its input."""
+    found = {}
+    for layer in experiment.layers:
+        backward = Backward(experiment, layer.output)
+        wanted = layer.output_rows(backward.slope(backward.cache(inputs), of)[1].astype(np.float64))
+        rows = layer.rows(experiment.tensors([layer.input], inputs)[0])
+        slope = np.einsum("gspd,gspo->gdo", rows, wanted)
+        known = [parameter for parameter in (layer.weight, layer.bias) if parameter is not None]
+        assert layer.alpha == layer.beta == 1  # so the matrix is the weights themselves
+        found |= layer.add(slope, {parameter.name: np.zeros(parameter.shape) for parameter in known})
+    return found
+
+
+@pytest.mark.parametrize("name", SUBJECTS)
+def test_gradients_by_all_weights_at_once(tmp_path, name):
+    subject = SUBJECTS[name]()
+    inputs = subject.samples(9)
+    decision = Decision("argmin") if name == "acas" else Decision()
+    experiment = Experiment(save(subject.proto, tmp_path), "cpu", 1 << 28, inputs, decision=decision)
+    _, of = weighted(experiment)
+    network = Network(experiment)
+    scores, slopes = network.slope({}, network.cache(inputs), of)
+    np.testing.assert_allclose(scores, experiment.scores(inputs), rtol=1e-4, atol=1e-4)
+    assert network.layers == experiment.layers and set(slopes) == set(network.parameters)
+    expected = by_layers(experiment, inputs, of)
+    for parameter, slope in slopes.items():
+        scale = np.abs(expected[parameter.name]).max()
+        np.testing.assert_allclose(slope / scale, expected[parameter.name] / scale, atol=1e-4)
+    assert len(slopes) == len(expected)
+
+
+def test_new_values_of_weights_need_no_new_session(tmp_path, monkeypatch):
+    subject = residual()
+    experiment = Experiment(save(subject.proto, tmp_path), "cpu", 1 << 28, subject.samples(6))
+    inputs = subject.samples(7, seed=8)
+    network = Network(experiment)
+    at = network.cache(inputs)
+    first, *_, last = network.parameters
+    values = {first: random(*first.shape, seed=8), last: random(*last.shape, seed=8, dtype=np.float64)}
+    changed = experiment.patched(values)
+    expected = changed.scores(inputs)
+    total, of = weighted(experiment)
+    slopes = Network(changed).slope({}, at, of)[1]
+    with monkeypatch.context() as patch:
+        patch.setattr("onnxcare.runtime._open", None)
+        np.testing.assert_allclose(network.scores(values, at), expected, rtol=1e-4, atol=1e-4)
+        found = network.slope(values, at, of)[1]
+    for parameter in network.parameters:
+        np.testing.assert_allclose(found[parameter], slopes[parameter], rtol=1e-6)
+    # Along the slope the cost rises as it says.
+    way = found[first] / np.linalg.norm(found[first])
+    up, down = (network.scores({**values, first: values[first] + step * way}, at) for step in (1e-3, -1e-3))
+    assert (total(up) - total(down)) / 2e-3 == pytest.approx(np.linalg.norm(found[first]), rel=TOLERANCE)
+
+
+@pytest.mark.parametrize(
+    ("tensor", "layers"), [("r1", ["conv2", "down", "fc"]), ("h", ["conv1", "conv2", "down", "fc"])]
+)
+def test_a_network_may_begin_behind_a_tensor(tmp_path, tensor, layers):
+    subject = residual()
+    inputs = subject.samples(7)
+    experiment = Experiment(save(subject.proto, tmp_path), "cpu", 1 << 28, inputs)
+    whole, part = Network(experiment), Network(experiment, tensor)
+    assert [layer.name for layer in part.layers] == layers
+    at = part.cache(inputs)
+    assert set(at) == {tensor, "h"} and set(whole.cache(inputs)) == {"x"}
+    _, of = weighted(experiment)
+    (scores, slopes), (expected, known) = part.slope({}, at, of), whole.slope({}, whole.cache(inputs), of)
+    np.testing.assert_allclose(scores, expected, rtol=1e-4, atol=1e-4)
+    for parameter, slope in slopes.items():
+        np.testing.assert_allclose(slope, known[parameter], rtol=1e-3, atol=1e-3)
+
+
 # -- where there are none ------------------------------------------------------------------------
 
 
@@ -231,6 +308,16 @@ def test_an_operator_without_a_derivative_is_named():
         at = backward.cache({"x": random(9, 4)})
         _, slope = backward.slope(at, of)
         check_slopes(behind(backward, at, total), at.base, slope)
+
+
+def test_weights_of_which_there_is_no_derivative(tmp_path):
+    experiment = signed()
+    with pytest.raises(NoGradient, match="Sign 'sign' has no derivative"):
+        Network(experiment)
+    assert [layer.name for layer in Network(experiment, "s").layers] == ["second", "third"]
+    proto = build("g (float[N, 4] x) => (float[N, 3] y) { h = MatMul (x, W) y = Tanh (h) }", {"W": random(4, 3)})
+    with pytest.raises(NoGradient, match="no layer can be rewritten"):
+        Network(Experiment(save(proto, tmp_path), "cpu", 1 << 28, {"x": random(9, 4)}), "h")
 
 
 def test_whole_numbers_have_no_gradient(tmp_path):

@@ -2,24 +2,26 @@
 
 onnx-ad writes the vector-Jacobian product of a graph as a graph of its own, and onnxruntime runs it:
 
-    x, dLoss/dy  ->  y, dLoss/dx
+    x, dLoss/dy  ->  y, dLoss/dx          and, where the weights w are fed,  x, w, dLoss/dy  ->  y, dLoss/dw
 
 Its rules need static shapes, explicit pads and a recent operator set, and without them some refuse and some are wrong.
-So a copy of the graph is made to fit first: the batch is fixed, an old operator set raised, ``auto_pad`` spelled out.
-What onnx-ad returns is corrected in one place (`_exact_pads`), cut down to what is asked for, and tried once.
+So a copy of the graph is made to fit first: the batch is fixed, an old operator set raised, ``auto_pad`` spelled out, a
+grouped convolution whose kernel is asked for written without groups. What onnx-ad returns is corrected in one place
+(`_exact_pads`), cut down to what is asked for, and tried once.
 """
 
 from __future__ import annotations
 
 import traceback
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import onnx
 import onnx_ad
 import onnx_ad.rules
-from onnx import inliner, shape_inference, version_converter
+from onnx import inliner, numpy_helper, shape_inference, version_converter
 
 from onnxcare.errors import DataError, ModelError
 from onnxcare.graph.model import numpy_dtype
@@ -59,8 +61,85 @@ class NoGradient(Exception):
         self.why = why
 
 
-class Gradients:
-    """Vector-Jacobian products of a piece of a graph, run by onnxruntime."""
+class _Derivative(ABC):
+    """A piece of a graph and what onnx-ad makes of it, loaded and tried on random samples."""
+
+    def __init__(
+        self,
+        part: onnx.ModelProto,
+        inputs: Sequence[str],
+        weights: Sequence[str],
+        output: str,
+        shapes: Mapping[str, tuple[int, ...]],
+        device: Device,
+        rows: int,
+        what: str,
+    ) -> None:
+        self._wanted, self._output, self._rows, self._what = (*inputs, *weights), output, rows, what
+        answering = _pruned(part, [output])
+        self._names = [info.name for info in answering.graph.input]
+        known = {tensor.name: tensor for tensor in answering.graph.initializer}
+        for name in self._wanted:
+            if name not in (known if name in weights else self._names):
+                raise NoGradient(f"{output!r} does not depend on {name!r}")
+        fed = [known[name] for name in weights]
+        self._forward = _session(_feeding(answering, fed), device, what)
+        self._dtype = numpy_dtype(self._forward.outputs[0][1])
+        if self._dtype is None or not np.issubdtype(self._dtype, np.floating):
+            raise NoGradient(f"{output!r} does not hold floating-point numbers")
+        heavy = [tensor for name, tensor in known.items() if name not in weights and _is_heavy(tensor)]
+        fitted = _fitted(answering, [*heavy, *fed], shapes, rows, self._dtype)
+        _ungroup(fitted, set(weights))
+        _check_paths(fitted, self._wanted, output)
+        derivative = _reversed(fitted, self._wanted, output)
+        _hold(derivative, heavy)
+        self._reverse = _session(derivative, device, what)
+        self._try(shapes, {tensor.name: numpy_helper.to_array(tensor) for tensor in fed})
+
+    @abstractmethod
+    def _answers(self, feeds: Mapping[str, Array]) -> Array:
+        """Return the output, from the part itself."""
+
+    @abstractmethod
+    def _products(self, feeds: Mapping[str, Array], seed: Array) -> tuple[Array, dict[str, Array]]:
+        """Return the output and what is wanted, from the derivative."""
+
+    def _adjoints(self) -> list[str]:
+        return [_ADJOINT + name for name in self._wanted]
+
+    def _fed(self, feeds: Mapping[str, Array], seed: Array) -> dict[str, Array]:
+        """Return what the derivative takes."""
+        # The last axis of seeds and adjoints is one that onnx-ad has for several seeds.
+        known = {**feeds, _ADJOINT + self._output: np.asarray(seed, self._dtype)[..., None]}
+        # An input whose shape alone matters may be gone.
+        return {name: known[name] for name, _, _ in self._reverse.inputs}
+
+    def _try(self, shapes: Mapping[str, tuple[int, ...]], weights: Mapping[str, Array]) -> None:
+        """Run the derivative once, and compare the values that it computes on the way with those of the part."""
+        random, samples = np.random.default_rng(0), min(2, self._rows)
+        feeds = dict(weights)
+        for name, kind, _ in self._forward.inputs:
+            if name in weights:
+                continue
+            drawn = random.normal(size=(samples, *shapes[name]))
+            dtype = numpy_dtype(kind) or np.dtype(np.float32)
+            # Zero is a valid index, whatever it is looked up in.
+            feeds[name] = drawn.astype(dtype) if np.issubdtype(dtype, np.floating) else np.zeros_like(drawn, dtype)
+        try:
+            expected = self._answers(feeds)
+        except ModelError:
+            return  # the part does not take random samples: there is nothing to compare with
+        try:
+            found = self._products(feeds, np.ones_like(expected))[0]
+        except ModelError as error:
+            raise NoGradient(f"the derivative cannot be run: {error}") from error
+        scale = max(1.0, float(np.max(np.abs(expected), where=np.isfinite(expected), initial=0)))
+        if not np.allclose(found, expected, rtol=0, atol=_TOLERANCE * scale, equal_nan=True):
+            raise NoGradient(f"the derivative of {self._output!r} that onnx-ad writes is that of another function")
+
+
+class Gradients(_Derivative):
+    """Vector-Jacobian products of a piece of a graph by its inputs, run by onnxruntime."""
 
     def __init__(
         self,
@@ -87,23 +166,7 @@ class Gradients:
             NoGradient: no differentiable path leads from a wanted input to the output, or there is no derivative that
                 onnxruntime can run.
         """
-        self._wanted, self._output, self._rows, self._what = tuple(wanted), output, rows, what
-        answering = _pruned(part, [output])
-        self._names = [info.name for info in answering.graph.input]
-        for name in self._wanted:
-            if name not in self._names:
-                raise NoGradient(f"{output!r} does not depend on {name!r}")
-        self._forward = _session(answering, device, what)
-        self._dtype = numpy_dtype(self._forward.outputs[0][1])
-        if self._dtype is None or not np.issubdtype(self._dtype, np.floating):
-            raise NoGradient(f"{output!r} does not hold floating-point numbers")
-        weights = [tensor for tensor in answering.graph.initializer if _is_heavy(tensor)]
-        fitted = _fitted(answering, weights, shapes, rows, self._dtype)
-        _check_paths(fitted, self._wanted, output)
-        derivative = _reversed(fitted, self._wanted, output)
-        _hold(derivative, weights)
-        self._reverse = _session(derivative, device, what)
-        self._try(shapes)
+        super().__init__(part, wanted, (), output, shapes, device, rows, what)
 
     def __call__(
         self, inputs: Mapping[str, Array], seed: Array | Callable[[Array, slice], Array]
@@ -129,38 +192,104 @@ class Gradients:
         for rows in batches(samples, self._rows):
             batch = {name: array[rows] for name, array in inputs.items()}
             # The part alone runs in a fraction of the time of its derivative, which a zero seed would waste.
-            values.append(self._forward.run_rows(batch, rows_per_run=self._rows)[0])
+            values.append(self._answers(batch))
             gradients.append(self._products(batch, seed(values[-1], rows))[1])
         return np.concatenate(values), {name: np.concatenate([g[name] for g in gradients]) for name in self._wanted}
 
-    def _products(self, inputs: Mapping[str, Array], seed: Array) -> tuple[Array, dict[str, Array]]:
-        # The last axis of seeds and adjoints is one that onnx-ad has for several seeds.
-        known = {**inputs, _ADJOINT + self._output: np.asarray(seed, self._dtype)[..., None]}
-        # An input whose shape alone matters may be gone.
-        feeds = {name: known[name] for name, _, _ in self._reverse.inputs}
-        values, *adjoints = self._reverse.run_rows(feeds, [self._output, *(_ADJOINT + name for name in self._wanted)])
+    def _answers(self, feeds: Mapping[str, Array]) -> Array:
+        return self._forward.run_rows(feeds, rows_per_run=self._rows)[0]
+
+    def _products(self, feeds: Mapping[str, Array], seed: Array) -> tuple[Array, dict[str, Array]]:
+        values, *adjoints = self._reverse.run_rows(self._fed(feeds, seed), [self._output, *self._adjoints()])
         return values, {name: adjoint[..., 0] for name, adjoint in zip(self._wanted, adjoints, strict=True)}
 
-    def _try(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
-        """Run the derivative once, and compare the values that it computes on the way with those of the part."""
-        random, samples = np.random.default_rng(0), min(2, self._rows)
-        inputs = {}
-        for name, kind, _ in self._forward.inputs:
-            drawn = random.normal(size=(samples, *shapes[name]))
-            dtype = numpy_dtype(kind) or np.dtype(np.float32)
-            # Zero is a valid index, whatever it is looked up in.
-            inputs[name] = drawn.astype(dtype) if np.issubdtype(dtype, np.floating) else np.zeros_like(drawn, dtype)
-        try:
-            expected = self._forward.run_rows(inputs, rows_per_run=samples)[0]
-        except ModelError:
-            return  # the part does not take random samples: there is nothing to compare with
-        try:
-            found = self._products(inputs, np.ones_like(expected))[0]
-        except ModelError as error:
-            raise NoGradient(f"the derivative cannot be run: {error}") from error
-        scale = max(1.0, float(np.max(np.abs(expected), where=np.isfinite(expected), initial=0)))
-        if not np.allclose(found, expected, rtol=0, atol=_TOLERANCE * scale, equal_nan=True):
-            raise NoGradient(f"the derivative of {self._output!r} that onnx-ad writes is that of another function")
+
+class WeightGradients(_Derivative):
+    """A piece of a graph whose weights are fed, and gradients of a loss by these, run by onnxruntime."""
+
+    def __init__(
+        self,
+        part: onnx.ModelProto,
+        wanted: Sequence[str],
+        output: str,
+        shapes: Mapping[str, tuple[int, ...]],
+        device: Device,
+        rows: int,
+        what: str,
+    ) -> None:
+        """Write the derivative, load it and try it on random samples.
+
+        Args:
+            part: a model whose inputs, other than initializers, have the samples on axis 0.
+            wanted: the initializers to differentiate with respect to; from now on they are fed.
+            output: the tensor that is differentiated, [samples, ...].
+            shapes: the shape of one sample, without the batch axis, of every input.
+            device: where to run.
+            rows: samples per run.
+            what: how to call the model in errors.
+
+        Raises:
+            NoGradient: no differentiable path leads from a wanted weight to the output, or there is no derivative that
+                onnxruntime can run.
+        """
+        super().__init__(part, (), wanted, output, shapes, device, rows, what)
+
+    def values(self, weights: Mapping[str, Array], inputs: Mapping[str, Array]) -> Array:
+        """Return the output, [N, ...].
+
+        Args:
+            weights: the values of every wanted weight.
+            inputs: the values of N samples for every input.
+
+        Raises:
+            ModelError: onnxruntime failed while running.
+            DataError: there are no samples.
+        """
+        return self._answers({**inputs, **weights})
+
+    def __call__(
+        self, weights: Mapping[str, Array], inputs: Mapping[str, Array], seed: Array
+    ) -> tuple[Array, dict[str, Array]]:
+        """Return the output, [N, ...], and the gradient of a loss by every wanted weight, summed over the samples.
+
+        Args:
+            weights: the values of every wanted weight.
+            inputs: the values of N samples for every input.
+            seed: dLoss/dOutput, in the shape of the output.
+
+        Raises:
+            ModelError: onnxruntime failed while running.
+            DataError: there are no samples.
+        """
+        return self._products({**inputs, **weights}, seed)
+
+    def _answers(self, feeds: Mapping[str, Array]) -> Array:
+        weights = {name: feeds[name] for name in self._wanted}
+        return np.concatenate([self._forward.run({**weights, **part})[0] for _, part in self._batches(feeds)])
+
+    def _products(self, feeds: Mapping[str, Array], seed: Array) -> tuple[Array, dict[str, Array]]:
+        weights = {name: feeds[name] for name in self._wanted}
+        total = {name: np.zeros(weight.shape) for name, weight in weights.items()}
+        values = []
+        for rows, part in self._batches(feeds):
+            # What fills a batch up repeats its last sample, which may count only once: the seeds there are zero.
+            short = self._rows - (rows.stop - rows.start)
+            filled = {name: np.concatenate([x, np.repeat(x[-1:], short, axis=0)]) for name, x in part.items()}
+            seeds = np.concatenate([seed[rows], np.zeros((short, *seed.shape[1:]), seed.dtype)])
+            fed = self._fed({**weights, **filled}, seeds)
+            found, *adjoints = self._reverse.run(fed, [self._output, *self._adjoints()])
+            values.append(found[: rows.stop - rows.start])
+            for name, adjoint in zip(self._wanted, adjoints, strict=True):
+                total[name] += adjoint[..., 0]
+        return np.concatenate(values), total
+
+    def _batches(self, feeds: Mapping[str, Array]) -> Iterator[tuple[slice, dict[str, Array]]]:
+        """Yield the samples of every run, and the inputs there."""
+        samples = len(feeds[self._names[0]])
+        if not samples:
+            raise DataError(f"{self._what}: no rows to run on")
+        for rows in batches(samples, self._rows):
+            yield rows, {name: feeds[name][rows] for name in self._names}
 
 
 def _session(part: onnx.ModelProto, device: Device, what: str) -> Session:
@@ -204,6 +333,17 @@ def _is_heavy(tensor: onnx.TensorProto) -> bool:
     return tensor.data_type in _FLOATS and int(np.prod(tensor.dims, dtype=np.int64)) > _HEAVY
 
 
+def _feeding(model: onnx.ModelProto, weights: Iterable[onnx.TensorProto]) -> onnx.ModelProto:
+    """Return a copy that takes some of its initializers as inputs."""
+    fed = {tensor.name: tensor for tensor in weights}
+    copy = onnx.ModelProto()
+    copy.CopyFrom(model)
+    _replace(copy.graph.initializer, [tensor for tensor in model.graph.initializer if tensor.name not in fed])
+    info = onnx.helper.make_tensor_value_info
+    copy.graph.input.extend(info(tensor.name, tensor.data_type, tensor.dims) for tensor in fed.values())
+    return copy
+
+
 def _hold(model: onnx.ModelProto, weights: Iterable[onnx.TensorProto]) -> None:
     """Turn inputs of a model back into the constants they were."""
     fed = {info.name for info in model.graph.input}
@@ -225,15 +365,10 @@ def _fitted(
     Only the shapes of weights matter here, and they are copied dozens of times on the way: they become inputs.
     """
     info = onnx.helper.make_tensor_value_info
-    names = {tensor.name for tensor in weights}
-    copy = onnx.ModelProto()
-    copy.CopyFrom(part)
-    _replace(copy.graph.initializer, [tensor for tensor in part.graph.initializer if tensor.name not in names])
-    _replace(
-        copy.graph.input,
-        [info(i.name, i.type.tensor_type.elem_type, [rows, *shapes[i.name]]) for i in part.graph.input]
-        + [info(tensor.name, tensor.data_type, tensor.dims) for tensor in weights],
-    )
+    copy = _feeding(part, weights)
+    for item in copy.graph.input:
+        if item.name in shapes:
+            item.CopyFrom(info(item.name, item.type.tensor_type.elem_type, [rows, *shapes[item.name]]))
     try:
         copy = inliner.inline_local_functions(copy)
         kind = onnx.helper.np_dtype_to_tensor_dtype(dtype)
@@ -302,6 +437,52 @@ def _spell_out_pads(node: onnx.NodeProto, shapes: Mapping[str, list[int]]) -> No
         first.append(total // 2 if mode == "SAME_UPPER" else total - total // 2)
         last.append(total - first[-1])
     _set(node, auto_pad=None, pads=first + last)
+
+
+def _ungroup(part: onnx.ModelProto, kernels: Container[str]) -> None:
+    """Write grouped convolutions with these kernels as ones without groups, whose kernels are zero between the groups.
+
+    onnx-ad has no derivative by the kernels of a grouped convolution.
+    """
+    known, kinds = _shapes(part), _kinds(part)
+    nodes: list[onnx.NodeProto] = []
+    for node in part.graph.node:
+        groups = attribute(node, "group", 1)
+        if operator(node) == "Conv" and groups > 1 and node.input[1] in kernels:
+            kernel = node.input[1]
+            whole, steps, constants = _spread(kernel, known[kernel], kinds[kernel], groups)
+            node.input[1] = whole.name
+            _set(node, group=None)
+            nodes += steps
+            part.graph.initializer.extend(constants)
+            part.graph.value_info.append(whole)
+        nodes.append(node)
+    _replace(part.graph.node, nodes)
+
+
+def _spread(
+    kernel: str, shape: list[int], kind: int, groups: int
+) -> tuple[onnx.ValueInfoProto, list[onnx.NodeProto], list[onnx.TensorProto]]:
+    """Return the kernel of a convolution without groups, and the nodes and constants that make it of a grouped one."""
+    outputs, inputs, *window = shape
+    own = np.repeat(np.eye(groups), outputs // groups, axis=0).reshape(outputs, groups, 1, *[1] * len(window))
+    dims = [outputs, groups * inputs, *window]
+    constants = {
+        "apart": np.array([outputs, 1, inputs, *window]),
+        "own": own.astype(onnx.helper.tensor_dtype_to_np_dtype(kind)),
+        "together": np.array(dims),
+    }
+    apart, mask, together, row, spread, whole = (
+        f"onnxcare_{name}__{kernel}" for name in (*constants, "row", "spread", "whole")
+    )
+    node = onnx.helper.make_node
+    steps = [
+        node("Reshape", [kernel, apart], [row]),
+        node("Mul", [row, mask], [spread]),
+        node("Reshape", [spread, together], [whole]),
+    ]
+    tensors = [numpy_helper.from_array(array, f"onnxcare_{name}__{kernel}") for name, array in constants.items()]
+    return onnx.helper.make_tensor_value_info(whole, kind, dims), steps, tensors
 
 
 def _windows(node: onnx.NodeProto, shapes: Mapping[str, list[int]]) -> list[tuple[int, int]] | None:

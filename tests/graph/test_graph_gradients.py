@@ -27,7 +27,7 @@ from onnx.reference import ReferenceEvaluator
 
 from onnxcare.errors import DataError, ModelError
 from onnxcare.graph import surgery
-from onnxcare.graph.gradients import Gradients, NoGradient
+from onnxcare.graph.gradients import Gradients, NoGradient, WeightGradients
 from onnxcare.graph.model import load_model
 from onnxcare.graph.surgery import part_behind
 
@@ -572,6 +572,157 @@ def test_a_part_that_is_none(tmp_path: Path) -> None:
     copy = surgery.experiment_copy(save(residual().proto, tmp_path))
     with pytest.raises(ModelError, match="'h' does not depend on 'c1'"):
         part_behind(copy, "c1", "h", "the model")
+
+
+# -- by weights ----------------------------------------------------------------------------------
+
+
+def sum_by(proto: onnx.ModelProto, name: str, x: Mapping[str, Array], seed: Array) -> Values:
+    """Return ``sum(seed * output)`` as a function of a family of values of an initializer, in double precision."""
+    wide = double(proto)
+    kept = [tensor for tensor in wide.graph.initializer if tensor.name != name]
+    del wide.graph.initializer[:]
+    wide.graph.initializer.extend(kept)
+    wide.graph.input.append(helper.make_tensor_value_info(name, TensorProto.DOUBLE, None))
+    evaluator = ReferenceEvaluator(wide)
+    feeds = {key: value.astype(np.float64) for key, value in x.items()}
+    return lambda family: np.array([[(evaluator.run(None, {**feeds, name: w})[0] * seed).sum()] for w in family])
+
+
+def by_weights(proto: onnx.ModelProto, wanted: list[str], shape: tuple[int, ...], rows: int = 2) -> WeightGradients:
+    return WeightGradients(proto, wanted, "y", {"x": shape}, "cpu", rows, "the model")
+
+
+def assert_weight_gradients(proto: onnx.ModelProto, shape: tuple[int, ...], wanted: list[str]) -> None:
+    """Check the gradients over five samples, in runs of two and in one that they do not fill."""
+    x, weights = {"x": random(5, *shape, seed=5)}, proto_weights(proto)
+    fed = {name: weights[name] for name in wanted}
+    y = run(proto, x)[0]
+    seed = random(*y.shape, seed=9)
+    expected = {
+        name: slopes(sum_by(proto, name, x, seed), fed[name].astype(np.float64), np.ones(1), 1e-6) for name in wanted
+    }
+    for rows in (2, 8):
+        values, found = by_weights(proto, wanted, shape, rows)(fed, x, seed)
+        assert_close(values, y)
+        for name in wanted:
+            assert_close(found[name], expected[name].reshape(fed[name].shape))
+
+
+BEHIND: dict[str, Array] = {"W": random(3, 4, 3, 2), "b": random(1, 3, 1, 1)}
+BY_WEIGHTS: dict[str, tuple[str, tuple[int, ...], Weights]] = {
+    "gemm": FAMILIES["gemm"],
+    "gemm, not transposed": (
+        "y = Gemm <alpha = 3.0, beta = 0.5> (x, W, b)",
+        (6,),
+        {"W": random(6, 4), "b": random(1, 4)},
+    ),
+    "matmul and add": FAMILIES["matmul and add"],
+    "transposed matmul": (
+        "t = Transpose <perm = [1, 0]> (W) i = Identity (t) p = MatMul (x, i) y = Add (p, b)",
+        (3, 6),
+        {"W": random(4, 6), "b": random(1, 4)},
+    ),
+    "convolution, bias behind": (
+        "p = Conv <pads = [1, 0, 0, 1], strides = [2, 1]> (x, W) y = Add (p, b)",
+        (4, 7, 5),
+        BEHIND,
+    ),
+    "pads of SAME_UPPER": (
+        'y = Conv <auto_pad = "SAME_UPPER", strides = [2, 2]> (x, W, b)',
+        (2, 6, 5),
+        {"W": random(3, 2, 3, 3), "b": random(3)},
+    ),
+    "pads of SAME_LOWER": (
+        'y = Conv <auto_pad = "SAME_LOWER", strides = [2, 2]> (x, W, b)',
+        (2, 6, 5),
+        {"W": random(3, 2, 3, 3), "b": random(3)},
+    ),
+    "windows that stop short": (
+        "y = Conv <strides = [3, 4], pads = [2, 2, 2, 2], kernel_shape = [2, 3]> (x, W, b)",
+        (2, 9, 8),
+        {"W": random(3, 2, 2, 3), "b": random(3)},
+    ),
+    "groups": (
+        "y = Conv <group = 2, pads = [1, 1, 0, 1], strides = [2, 1], dilations = [1, 2]> (x, W, b)",
+        (4, 8, 7),
+        {"W": random(6, 2, 3, 2), "b": random(6)},
+    ),
+    "depthwise": ("y = Conv <group = 4> (x, W, b)", (4, 6, 5), {"W": random(8, 1, 3, 2), "b": random(8)}),
+    "groups of a sequence": ("y = Conv <group = 2, pads = [2, 0]> (x, W)", (4, 7), {"W": random(6, 2, 3)}),
+    "normalised": (
+        """c = Conv <pads = [1, 1, 1, 1]> (x, W) n = BatchNormalization (c, g, t, m, v) r = Relu (n)
+        y = MaxPool <kernel_shape = [2, 2], strides = [2, 2]> (r)""",
+        (2, 6, 6),
+        {"W": random(4, 2, 3, 3), "t": STATISTICS["b"], **{name: STATISTICS[name] for name in "gmv"}},
+    ),
+    "residual": (
+        """c = Conv <pads = [1, 1, 1, 1]> (x, W, b) t = Tanh (c) a = Add (t, x) d = Conv <group = 3> (a, V)
+        s = Sigmoid (d) y = GlobalAveragePool (s)""",
+        (3, 5, 5),
+        {"W": random(3, 3, 3, 3), "b": random(3), "V": random(6, 1, 2, 2)},
+    ),
+    "average": (
+        "c = Conv (x, W, b) y = AveragePool <kernel_shape = [3, 3], strides = [2, 2], pads = [0, 0, 1, 1]> (c)",
+        (3, 8, 8),
+        {"W": random(3, 3, 3, 3), "b": random(3)},
+    ),
+    "two layers": (
+        "p = MatMul (x, W) z = Add (p, b) h = Sigmoid (z) y = Gemm <transB = 1> (h, V, c)",
+        (6,),
+        {"W": random(6, 5), "b": random(5), "V": random(3, 5), "c": random(3)},
+    ),
+}
+
+
+@pytest.mark.parametrize("family", BY_WEIGHTS)
+def test_the_gradient_by_weights_is_the_slope(family: str) -> None:
+    nodes, shape, weights = BY_WEIGHTS[family]
+    assert_weight_gradients(graph(nodes, shape, weights), shape, [name for name in weights if name in "WbVc"])
+
+
+def test_the_gradient_by_the_weights_of_gelu() -> None:
+    """The reference implementation has Erf in single precision only, so the slope is worked out by hand."""
+    from scipy.stats import norm
+
+    proto = graph("z = MatMul (x, W) y = Gelu (z)", (6,), {"W": random(6, 4)}, 20)
+    x, seed, weight = random(5, 6, seed=5), random(5, 4, seed=9), random(6, 4)
+    _, found = by_weights(proto, ["W"], (6,))({"W": weight}, {"x": x}, seed)
+    z = x @ weight
+    assert_close(found["W"], x.T @ (seed * (norm.cdf(z) + z * norm.pdf(z))))
+
+
+def test_weights_that_are_fed_need_not_be_those_of_the_file() -> None:
+    subject = SUBJECTS["cnn"]()
+    x = subject.samples(5)
+    found = WeightGradients(subject.proto, ["W1", "b3"], "scores", {"x": subject.shape}, "cpu", 2, "the model")
+    weights = {"W1": random(4, 2, 3, 3, seed=7), "b3": random(5, seed=7)}
+    changed = onnx.ModelProto()
+    changed.CopyFrom(subject.proto)
+    for tensor in changed.graph.initializer:
+        if tensor.name in weights:
+            tensor.CopyFrom(numpy_helper.from_array(weights[tensor.name], tensor.name))
+    expected = run(changed, x)[0]
+    assert_close(found.values(weights, {**x, "other": np.ones(1)}), expected)
+    assert_close(found(weights, x, np.ones((5, 5)))[0], expected)
+    assert found(weights, x, np.ones((5, 5)))[1]["b3"].tolist() == [5] * 5
+
+
+def test_weights_without_a_gradient() -> None:
+    weights = {"W": random(4, 4), "V": random(4, 4), "U": random(4, 4)}
+    proto = graph("p = MatMul (x, W) [sign] s = Sign (p) y = MatMul (s, V) o = MatMul (x, U)", (4,), weights)
+    with pytest.raises(NoGradient, match=r"^Sign 'sign' has no derivative$"):
+        by_weights(proto, ["W"], (4,))
+    for name in ("U", "x"):
+        with pytest.raises(NoGradient, match=f"^'y' does not depend on '{name}'$"):
+            by_weights(proto, [name], (4,))
+    found = by_weights(proto, ["V"], (4,))
+    x = random(3, 4)
+    assert_close(
+        found({"V": weights["V"]}, {"x": x}, np.ones((3, 4)))[1]["V"], run(proto, {"x": x}, "s")[0].T @ np.ones((3, 4))
+    )
+    with pytest.raises(DataError, match="no rows"):
+        found({"V": weights["V"]}, {"x": x[:0]}, np.ones((0, 4)))
 
 
 # -- no gradient ---------------------------------------------------------------------------------

@@ -19,6 +19,7 @@ from onnxcare.data import Dataset
 from onnxcare.errors import ModelError, UsageError
 from onnxcare.graph.patch import Patch
 from onnxcare.repair import clp, fine_pruning
+from onnxcare.repair.network_finetune import RATES
 from onnxcare.repair.pruning import dormancy, lipschitz, outlying, prunable, pruned
 
 Array = np.ndarray
@@ -380,8 +381,43 @@ def test_a_channel_that_sleeps_on_clean_samples_is_found_and_pruned(backdoored):
     found = repair.find("fine-pruning")(backdoored)
     assert found.method == "fine-pruning" and found.details["order"][0] == PLANTED
     assert found.chosen.outcome.excess[0] <= 0.01 and found.chosen.outcome.accuracy_drop <= 0.01
-    sizes = [int(item.label.split(": ")[1].split(" of ")[0]) for item in found.candidates[1:]]
+    alone = [item.label for item in found.candidates[1:] if "; then" not in item.label]
+    sizes = [int(label.split(": ")[1].split(" of ")[0]) for label in alone]
     assert sizes == sorted({max(1, round(CHANNELS * share / 100)) for share in range(5, 100, 5)})
+
+
+def test_what_is_pruned_is_tuned_and_stays_zero(backdoored, tmp_path):
+    offered = fine_pruning.propose(backdoored)
+    order, candidates = offered.details["order"], [item.candidate for item in offered.found]
+    pruned_alone = [item for item in candidates if "; then" not in item.label]
+    tuned = [item for item in offered.found if "; then" in item.candidate.label]
+    # The best one, and as many channels as may go for a tenth of the accuracy, at every rate.
+    best = min(pruned_alone, key=lambda item: item.outcome.rank)
+    within = [item for item in pruned_alone if item.outcome.accuracy_drop <= 0.1]
+    starts = list(dict.fromkeys(item.candidate.label.split("; then")[0] for item in tuned))
+    assert starts == list(dict.fromkeys([best.label, within[-1].label]))
+    assert len(tuned) == len(starts) * len(RATES)
+    panel = backdoored.panel("validation")
+    for item in tuned:
+        gone = order[: int(item.candidate.label.split(": ")[1].split(" of ")[0])]
+        values = {parameter.name: (parameter, new) for parameter, new in item.make().items()}
+        assert set(values) == {"W", "b", "V"}
+        others = [channel for channel in range(CHANNELS) if channel not in gone]
+        for name in ("W", "b"):
+            parameter, new = values[name]
+            assert not new[gone].any() and (new[others] != backdoored.read(parameter)[others]).any()
+        scores = run(patched(backdoored, item.make(), tmp_path / "out.onnx"), panel.inputs)[0]
+        assert panel.outcomes(scores[None])[0].cost == pytest.approx(item.candidate.outcome.cost, rel=1e-3)
+
+
+def test_where_nothing_can_be_tuned_pruning_stands_alone(tmp_path):
+    subject = network(*WRITERS["bias"][:2])
+    (head,) = [node for node in subject.proto.graph.node if node.name == "head"]
+    head.output[0] = "z2"
+    subject.proto.graph.node.append(onnx.helper.make_node("Round", ["z2"], ["scores"], name="round"))
+    offered = fine_pruning.propose(case_of(subject, tmp_path))
+    assert offered.found and not any("; then" in item.candidate.label for item in offered.found)
+    assert "Round 'round' has no derivative" in offered.details["skipped"]["fine-tuning"]
 
 
 @pytest.mark.parametrize("method", [clp, fine_pruning])
@@ -407,7 +443,7 @@ def test_where_no_channel_stands_out_there_is_nothing_to_prune(tmp_path):
         clp.repair(case)
 
 
-@pytest.mark.parametrize("method", ["clp", "fine-pruning"])
+@pytest.mark.parametrize("method", ["clp", "fine-pruning", "fine-tuning"])
 def test_no_locator_has_a_say(method):
     with pytest.raises(UsageError, match=f"--method {method} does not go by units; it goes with care, ai-lancet-flip"):
         repair.find(method, "causal")
