@@ -13,6 +13,7 @@ import numpy as np
 from onnxcare import repair as methods
 from onnxcare._version import __version__
 from onnxcare.case import Case, Progress
+from onnxcare.diagnosis import reasons
 from onnxcare.errors import DataError, ModelError, UsageError
 from onnxcare.experiment import judged_output
 from onnxcare.findings import optimisation_findings, static_findings
@@ -177,6 +178,8 @@ def fix(
     memory: str | None = None,
     in_place: bool = False,
     best_effort: bool = False,
+    layers: Sequence[str] = (),
+    max_changed: int | None = None,
     progress: Progress = _silent,
 ) -> Fix:
     """Repair a model, judge the repair on held-out data, and write it if the verdict is good.
@@ -185,13 +188,15 @@ def fix(
         model: path of the ONNX file; it is not changed unless it is also `out` and `in_place` is set.
         spec: path of the care.yaml.
         out: where the repaired model goes.
-        method: `auto`, `care`, `ai-lancet-flip` or `ai-lancet-finetune`.
+        method: `auto`, `care`, `ai-lancet-flip`, `ai-lancet-finetune`, `clp`, `fine-pruning` or `fine-tuning`.
         locator: what the method goes by: `causal`, `interchange` or `differential`; `auto` for its own.
         seed: takes the place of the spec's seed.
         device: `auto`, `cpu` or `cuda`.
         memory: bound on the memory of activations, such as `2GiB`; None means half of what is free.
         in_place: allow `out` to be the model itself.
         best_effort: write the model even if the verdict is not good.
+        layers: names of the layers that may be changed, or patterns such as `block3*`; none for all.
+        max_changed: at most so many values may be changed; None for no limit.
         progress: told in a few words what is being done.
 
     Raises:
@@ -204,8 +209,12 @@ def fix(
     wanted = load_spec(spec)
     check_output(Path(out), [Path(spec), *wanted.files()], Path(model), in_place)
     _check_triggers(target, wanted)
+    if max_changed is not None and max_changed < 1:
+        raise UsageError(f"--max-changed {max_changed}: at least one value has to be allowed to change")
     setup = prepare(model, spec, seed, device, memory, progress)
-    case, loaded = setup.case, setup.model
+    case, loaded = replace(setup.case, max_changed=max_changed), setup.model
+    if layers:
+        case = replace(case, experiment=case.experiment.only(layers))
     original = _witness(case, loaded)
     if case.before.violation == 0:
         verdict = _judge(case, setup.spec, original, original)
@@ -225,12 +234,15 @@ def fix(
     progress("judging the repaired file on held-out data")
     with staged(loaded, with_metadata(data, entries), target) as path:
         verdict = _judge(case, setup.spec, original, _witness(case, load_model(path)))
-        status: Status = "repaired" if verdict.passed else "not repaired"
+        status = _status(verdict, found)
         triggers = _save_triggers(case, target)
         written = None
         if verdict.passed or (best_effort and found.values):
             written = with_metadata(data, entries | {"verdict": status})
             publish(loaded, path, written, target)
+    if status != "repaired":
+        progress("looking for the reason")
+        found = replace(found, notes=(*found.notes, *reasons(case, found)))
     changes = patch.summary(loaded)
     return _result(setup, status, method, verdict, found, (Path(out), written), changes, started, triggers)
 
@@ -357,6 +369,12 @@ def _judge(case: Case, spec: Spec, before: Witness | None, after: Witness) -> Ve
     return judge(court, case.properties, case.keep)
 
 
+def _status(verdict: Verdict, found: Repair) -> Status:
+    if verdict.passed:
+        return "repaired"
+    return "improved" if found.values else "not repaired"
+
+
 def _provenance(setup: Setup, found: Repair) -> dict[str, str]:
     return {
         "version": __version__,
@@ -380,15 +398,16 @@ def _save_triggers(case: Case, out: Path) -> list[SavedTrigger]:
     """Save what was restored beside the output, whether or not the repair was good enough to be written."""
     saved: list[SavedTrigger] = []
     for item in (item for item in case.properties if isinstance(item, RestoredBackdoor)):
+        target = item.suspect.target
         for trigger in item.suspect.triggers:
-            number = sum(other.target == item.target for other in saved) + 1
-            file = out.with_name(f"{out.stem}.trigger-{item.target}-{number}.npz")
+            number = sum(other.target == target for other in saved) + 1
+            file = out.with_name(f"{out.stem}.trigger-{target}-{number}.npz")
             write_atomically(file, trigger.to_bytes())
             image = picture(trigger)
             if image is not None:
                 write_atomically(file.with_suffix(".png"), image)
             shown = None if image is None else str(file.with_suffix(".png"))
-            saved.append(SavedTrigger(item.name, item.target, trigger.source, str(file), shown))
+            saved.append(SavedTrigger(item.name, target, trigger.source, str(file), shown))
     return saved
 
 
@@ -414,6 +433,7 @@ def _result(
         patch=changes,
         chosen=found.chosen if found else None,
         candidates=list(found.candidates) if found else [],
+        front=list(found.front) if found else [],
         details=found.details if found else {},
         notes=found.notes if found else (),
         triggers=triggers,

@@ -30,6 +30,7 @@ class Case:
         seed: fixes every random choice.
         progress: told in a few words what is being done.
         original: the original, where `experiment` is a candidate: everything is compared with it.
+        max_changed: the most values that a repair may change; None for no limit.
     """
 
     experiment: Experiment
@@ -39,6 +40,7 @@ class Case:
     seed: int
     progress: Progress = lambda text: None
     original: Experiment | None = None
+    max_changed: int | None = None
     _panels: dict[tuple[PartName, int | None], Panel] = field(default_factory=dict, repr=False)
     _measured: list[tuple[Panel, Outcome]] = field(default_factory=list, init=False, repr=False)
 

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 # Kept here so that --help needs no heavy import; a test compares them with the registries.
-METHODS = ("auto", "care", "ai-lancet-flip", "ai-lancet-finetune")
+METHODS = ("auto", "care", "ai-lancet-flip", "ai-lancet-finetune", "clp", "fine-pruning", "fine-tuning")
 LOCATORS = ("auto", "causal", "interchange", "differential")
 FORMATS = ("text", "json", "junit", "sarif")
 
@@ -112,7 +112,9 @@ def main() -> None:
     default="auto",
     show_default=True,
     help="auto: a portfolio, best first; care: multipliers; ai-lancet-flip: voted weights change sign or become zero; "
-    "ai-lancet-finetune: voted weights are tuned by gradient.",
+    "ai-lancet-finetune: voted weights are tuned by gradient; clp: channels of outlying norm are pruned; "
+    "fine-pruning: channels that sleep on clean samples are, and the rest is tuned on these; "
+    "fine-tuning: all layers are tuned on clean samples.",
 )
 @click.option(
     "--locator",
@@ -121,6 +123,13 @@ def main() -> None:
     show_default=True,
     help="What care and ai-lancet go by; auto: what serves them best.",
 )
+@click.option(
+    "--layers",
+    metavar="NAME",
+    multiple=True,
+    help="Change this layer only, or those that a pattern such as 'block3*' matches; may be given several times.",
+)
+@click.option("--max-changed", metavar="N", type=click.IntRange(min=1), help="Change at most N values.")
 @click.option("--best-effort", is_flag=True, help="Write the model even if the verdict is not good.")
 @click.option("--json", "report", metavar="REPORT", help="Also write the whole result as JSON; - for standard output.")
 @_seed
@@ -135,6 +144,8 @@ def fix(
     in_place: bool,
     method: str,
     locator: str,
+    layers: tuple[str, ...],
+    max_changed: int | None,
     best_effort: bool,
     report: str | None,
     seed: int | None,
@@ -159,6 +170,8 @@ def fix(
             target,
             method=method,
             locator=locator,
+            layers=layers,
+            max_changed=max_changed,
             seed=seed,
             device=device,
             memory=memory,
@@ -315,6 +328,8 @@ def demo(context: click.Context, output: Path | None, device: str) -> None:
         in_place=False,
         method="auto",
         locator="auto",
+        layers=(),
+        max_changed=None,
         best_effort=False,
         report=None,
         seed=None,

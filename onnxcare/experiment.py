@@ -7,6 +7,7 @@ made per intervention or per candidate: a family of P interventions is fed to on
 from __future__ import annotations
 
 import copy
+import fnmatch
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -17,13 +18,13 @@ import onnx
 
 from onnxcare.data import Inputs
 from onnxcare.decision import Decision
-from onnxcare.errors import ModelError, SpecError, nearest
+from onnxcare.errors import ModelError, SpecError, UsageError, nearest
 from onnxcare.graph import surgery
 from onnxcare.graph.layers import Layer, find_layers
 from onnxcare.graph.model import Model, Signature, numpy_dtype
 from onnxcare.graph.parameters import Parameter, encode, read, tensor_at
 from onnxcare.graph.sites import Site, find_sites
-from onnxcare.graph.view import GraphView, operator
+from onnxcare.graph.view import GraphView, attribute, operator
 from onnxcare.runtime import Budget, Device, Session, batches
 
 Array = np.ndarray
@@ -36,6 +37,8 @@ _KEPT = 4
 _CACHED = 0.25
 # So many samples tell the order of magnitude of the scores.
 _SCALED_BY = 1000
+# So many layers are named to whoever asks for one that is not there.
+_NAMED = 8
 
 _Key = TypeVar("_Key")
 _Value = TypeVar("_Value")
@@ -121,6 +124,39 @@ class Experiment:
             tensor = tensor_at(other.copy, parameter.path)
             tensor.ParseFromString(encode(other.copy, parameter, new))
         other._exposed, other._suffixes = {}, {}
+        return other
+
+    def only(self, patterns: Sequence[str]) -> Experiment:
+        """Return the same experiment with all layers refused but those whose names match a pattern (fnmatch).
+
+        Raises:
+            UsageError: a pattern matches no layer.
+        """
+        names = [layer.name for layer in self.layers]
+        # A name may hold brackets, which mean something else in a pattern.
+        fitting = {
+            pattern: {pattern} if pattern in names else {name for name in names if fnmatch.fnmatchcase(name, pattern)}
+            for pattern in patterns
+        }
+        for pattern, found in fitting.items():
+            if not found:
+                more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
+                raise UsageError(
+                    f"--layers {pattern}: {self.model.path} has no such layer{nearest(pattern, names)}; it has "
+                    f"{', '.join(names[:_NAMED])}{more}"
+                )
+        allowed = set().union(*fitting.values())
+        other = copy.copy(self)
+        other.layers = [
+            layer if layer.refusal or layer.name in allowed else replace(layer, refusal="--layers leaves it out")
+            for layer in self.layers
+        ]
+        other.sites = [
+            site
+            if site.refusal or {reader.name for reader in site.readers} <= allowed
+            else replace(site, refusal="--layers leaves out a layer that reads it")
+            for site in self.sites
+        ]
         return other
 
     def read(self, parameter: Parameter) -> Array:
@@ -234,14 +270,31 @@ class Experiment:
         """Return the suffix behind a tensor with `affine` or `span` interventions; the last few are kept."""
         return _recent(self._suffixes, (tensor, kind), lambda: Suffix(self, tensor, kind))
 
-    def sum_behind(self, layer: Layer) -> str | None:
-        """Return the sum of this layer's output and another activation, where nothing else reads the output."""
-        reader = self._view.sole_consumer(layer.output)
+    def sum_behind(self, layer: Layer) -> tuple[str, Array | None] | None:
+        """Return the sum of this layer's output and another activation, where nothing else reads the output.
+
+        Returns:
+            The sum's name, and what the output is multiplied with on the way: the factors of a BatchNormalization in
+            between, shaped to broadcast against the output, or None.
+        """
+        tensor, factor = layer.output, None
+        reader = self._view.sole_consumer(tensor)
+        if reader is not None and operator(self._view.nodes[reader]) == "BatchNormalization":
+            node = self._view.nodes[reader]
+            scale, variance = (self._view.small_constant(node.input[i], limit=layer.outputs) for i in (1, 4))
+            if scale is None or variance is None:
+                return None
+            spatial = len(layer.convolution.kernel) if layer.convolution else 0
+            factor = (scale / np.sqrt(variance + attribute(node, "epsilon", 1e-5))).reshape(-1, *[1] * spatial)
+            tensor = node.output[0]
+            reader = self._view.sole_consumer(tensor)
         if reader is None or operator(self._view.nodes[reader]) != "Add":
             return None
         node = self._view.nodes[reader]
-        others = [name for name in node.input if name != layer.output]
-        return node.output[0] if len(others) == 1 and self._view.is_activation(others[0]) else None
+        others = [name for name in node.input if name != tensor]
+        if len(others) != 1 or not self._view.is_activation(others[0]):
+            return None
+        return node.output[0], factor
 
     @staticmethod
     def _fed(session: Session, inputs: Inputs) -> Inputs:

@@ -18,7 +18,7 @@ from onnxcare.decision import Decision
 from onnxcare.errors import ModelError
 from onnxcare.graph import surgery
 from onnxcare.graph.model import Model
-from onnxcare.measures import Finding, Gauge, Measure, Rate, Verdict
+from onnxcare.measures import Finding, Gauge, Measure, Rate, Verdict, expected_calibration_error
 from onnxcare.properties.base import log_softmax
 from onnxcare.runtime import Device, Session
 from onnxcare.spec import Keep
@@ -31,6 +31,7 @@ Array = np.ndarray
 # A file whose batch size is fixed runs as it is on so many samples. On more of them a copy with a free batch size runs,
 # if it answers the same on some of them.
 _ROW_BY_ROW, _COMPARED, _SAME = 20_000, 256, 1e-5
+_RESAMPLED = 200
 
 
 class Witness:
@@ -171,12 +172,32 @@ def _guards(court: Court, keep: Keep) -> Finding:
     if before is not None and right_before is not None:
         broken = right_before & ~right
         measures.append(gauge.rate("right answers broken", broken[right_before], limit=keep.broken))
-        measures.append(gauge.rate("decisions changed", before != decisions))
+        measures.append(gauge.rate("decisions changed", before != decisions, limit=keep.decisions_changed))
+        measures.append(_calibration(court, keep))
     classes = len(np.unique(truth))
     answered = len(np.unique(decisions))
     if classes > 1 and answered == 1:
         measures.append(_collapsed(float(answered), classes))
     return Finding("kept", "guards", tuple(measures))
+
+
+def _calibration(court: Court, keep: Keep) -> Measure:
+    """Measure the rise of the expected calibration error, with a bootstrap interval over the samples."""
+    assert court.before is not None
+    truth = court.clean.truth
+    before, after = (item.probabilities(court.clean.inputs) for item in (court.before, court.after))
+
+    def rise(rows: Array | slice) -> float:
+        errors = [expected_calibration_error(p[rows], truth[rows]) for p in (after, before)]
+        return errors[0] - errors[1]
+
+    rng = np.random.default_rng(court.seed)
+    drawn = [rise(rng.integers(len(truth), size=len(truth))) for _ in range(_RESAMPLED)]
+    tail = (1 - court.gauge.confidence) / 2
+    low, high = np.quantile(drawn, [tail, 1 - tail])
+    return court.gauge.points(
+        "calibration error rise", rise(slice(None)), None, limit=keep.calibration_rise, interval=(low, high)
+    )
 
 
 def _collapsed(answered: float, classes: int) -> Measure:

@@ -24,6 +24,8 @@ CONFIDENCE = 0.95
 _ROUNDING = 1e-12
 # Beyond so many samples nobody is told to collect them.
 _MOST_NEEDED = 10**9
+# Bins of the confidence in which accuracy and confidence are compared.
+_BINS = 15
 
 
 @dataclass(frozen=True)
@@ -275,6 +277,22 @@ def paired_test(before: Array, after: Array, higher_is_better: bool) -> float | 
     if broken + mended == 0:
         return 1.0
     return float(scipy.special.bdtrc(broken - 1, broken + mended, 0.5)) if broken else 1.0
+
+
+def expected_calibration_error(probabilities: Array, truth: Array) -> float:
+    """Return the expected calibration error (Guo et al., ICML 2017), in 15 bins of equal width.
+
+    ECE = sum over bins of (samples in the bin / samples) * |accuracy in the bin - mean confidence in the bin|
+
+    Args:
+        probabilities: [samples, classes].
+        truth: [samples] the true classes.
+    """
+    confidence = probabilities.max(axis=-1)
+    right = probabilities.argmax(axis=-1) == truth
+    which = np.minimum((confidence * _BINS).astype(int), _BINS - 1)
+    gaps = np.bincount(which, right - confidence, minlength=_BINS)
+    return float(np.abs(gaps).sum() / max(1, len(truth)))
 
 
 def _first(holds: Callable[[int], bool]) -> int | None:

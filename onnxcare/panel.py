@@ -15,6 +15,7 @@ import numpy as np
 
 from onnxcare.data import Dataset, Inputs, PartName, evenly
 from onnxcare.experiment import Experiment
+from onnxcare.measures import expected_calibration_error, paired_test
 from onnxcare.properties.base import (
     Evidence,
     Property,
@@ -31,6 +32,8 @@ Array = np.ndarray
 _PENALTY = 5.0
 # Limits that are used up by less than this on validation data are safe on other data.
 _COMFORT = 0.5
+# Fewer cases that misbehave cannot tell a repair from chance at one in twenty, even if all of them are mended.
+_TELLING = 5
 
 
 @dataclass(frozen=True)
@@ -42,10 +45,14 @@ class Outcome:
         accuracy_drop: loss of accuracy on clean samples.
         recall_drop: largest loss of recall of any class.
         broken: share of right answers that became wrong.
+        changed: share of decisions on clean samples that changed.
+        calibration_rise: rise of the expected calibration error on clean samples.
         drift: KL(original || candidate) on clean samples.
         loss: sum of the properties' smooth losses.
         violation: sum of all broken limits.
         strain: the share of a limit that is used up, of the limit that is used up most; more than 1 breaks it.
+        luck: exact paired test: the probability that so many more cases are mended than spoilt by chance alone; None
+            where too few misbehaved before for any number to tell.
     """
 
     excess: tuple[float, ...]
@@ -56,11 +63,24 @@ class Outcome:
     loss: float
     violation: float
     strain: float
+    changed: float = 0.0
+    calibration_rise: float = 0.0
+    luck: float | None = None
 
     @property
     def cost(self) -> float:
         """Closeness to the original, plus a price for every broken limit: what searches minimise."""
         return self.loss + self.drift + _PENALTY * self.violation
+
+    @property
+    def kept(self) -> bool:
+        """Whether every limit is kept, as far as so many samples can tell."""
+        return self.strain <= 1
+
+    @property
+    def comfortable(self) -> bool:
+        """Whether every limit is kept with ease, so that nothing better need be looked for."""
+        return self.strain <= _COMFORT
 
     @property
     def rank(self) -> tuple[float, float]:
@@ -69,7 +89,7 @@ class Outcome:
         Whoever stays within half of every limit is as good as another who does, and among those who break one the
         cost decides, in which every broken limit has its price.
         """
-        return (max(_COMFORT, self.strain) if self.strain <= 1 else math.inf), self.cost
+        return (max(_COMFORT, self.strain) if self.kept else math.inf), self.cost
 
 
 @dataclass(frozen=True)
@@ -83,6 +103,7 @@ class Panel:
         evidence: the evidence of each property.
         reference: log-probabilities of the original on the clean samples.
         goals: log-probabilities that each property's bad samples should get, or None.
+        misbehaved: which cases of each property misbehave in the original.
     """
 
     properties: Sequence[Property]
@@ -93,6 +114,7 @@ class Panel:
     evidence: tuple[Evidence, ...]
     reference: Array
     goals: tuple[Array | None, ...]
+    misbehaved: tuple[Array, ...]
 
     @classmethod
     def build(
@@ -113,15 +135,19 @@ class Panel:
             twins = None if found.twins is None else evenly(found.twins, limit, item.rows_per_case)
             evidence.append(Evidence(evenly(found.bad, limit, item.rows_per_case), twins))
         start = len(clean)
-        rows, goals = [], []
+        rows, goals, misbehaved = [], [], []
         for item, found in zip(properties, evidence, strict=True):
             rows.append(slice(start, start + len(found.bad)))
             start += len(found.bad)
-            goals.append(_goal(original, item, found))
+            goal, wrong = _answered(original, item, found)
+            goals.append(goal)
+            misbehaved.append(wrong)
         everything = [clean.inputs, *(found.bad.inputs for found in evidence)]
         inputs = {name: np.concatenate([p[name] for p in everything]) for name in clean.inputs}
         reference = log_softmax(original.scores(clean.inputs))
-        return cls(properties, keep, inputs, clean, tuple(rows), tuple(evidence), reference, tuple(goals))
+        return cls(
+            properties, keep, inputs, clean, tuple(rows), tuple(evidence), reference, tuple(goals), tuple(misbehaved)
+        )
 
     @property
     def clean_rows(self) -> slice:
@@ -138,15 +164,16 @@ class Panel:
     def batch(self, number: int, of: int) -> tuple[Panel, Array]:
         """Return one of several panels that share out the samples evenly, and the rows of this one that it has."""
         rows = [np.arange(len(self.clean))[number::of]]
-        evidence, goals, bad = [], [], []
+        evidence, goals, bad, misbehaved = [], [], [], []
         start = len(rows[0])
-        for item, where, found, goal in self._parts():
+        for (item, where, found, goal), wrong in zip(self._parts(), self.misbehaved, strict=True):
             cases = np.arange(len(found.bad) // item.rows_per_case)[number::of]
             mine = (cases[:, None] * item.rows_per_case + np.arange(item.rows_per_case)).reshape(-1)
             rows.append(where.start + mine)
             twins = None if found.twins is None else found.twins.take(mine)
             evidence.append(Evidence(found.bad.take(mine), twins))
             goals.append(None if goal is None else goal[mine])
+            misbehaved.append(wrong[cases])
             bad.append(slice(start, start + len(mine)))
             start += len(mine)
         taken = np.concatenate(rows)
@@ -161,6 +188,7 @@ class Panel:
             evidence=tuple(evidence),
             reference=reference,
             goals=tuple(goals),
+            misbehaved=tuple(misbehaved),
         )
         return part, taken
 
@@ -215,6 +243,22 @@ class Panel:
     def _parts(self) -> Iterator[tuple[Property, slice, Evidence, Array | None]]:
         yield from zip(self.properties, self.bad, self.evidence, self.goals, strict=True)
 
+    @cached_property
+    def _calibrated(self) -> float:
+        return self._calibration_error(self.reference)
+
+    def _calibration_error(self, log_probs: Array) -> float:
+        return expected_calibration_error(np.exp(log_probs), self.clean.truth)
+
+    def _luck(self, scores: Array) -> float | None:
+        """Return the probability that so many more cases were mended than spoilt by chance alone."""
+        parts = [part for part in zip(self._parts(), self.misbehaved, strict=True) if part[0][0].counted]
+        before = np.concatenate([np.zeros(0, bool), *(wrong for _, wrong in parts)])
+        if before.sum() < _TELLING:
+            return None
+        cases = [item.misbehaves(scores[rows], found.bad) for (item, rows, found, _), _ in parts]
+        return paired_test(np.concatenate([np.zeros(0, bool), *cases]), before, higher_is_better=False)
+
     def outcomes(self, scores: Array) -> list[Outcome]:
         """Return the measured outcome of every member of a family, scores [P, rows, classes]."""
         return [self._outcome(member) for member in scores]
@@ -232,8 +276,15 @@ class Panel:
             *(_Held(float(drop), self.keep.recall_drop, size) for drop, size in zip(drops, sizes, strict=True)),
             _Held(float(drops.mean()), self.keep.balanced_accuracy_drop, len(after)),
         ]
+        changed = float((clean.argmax(axis=-1) != self.reference.argmax(axis=-1)).mean())
+        log_probs = log_softmax(clean)
+        rise = self._calibration_error(log_probs) - self._calibrated
         if self.keep.broken is not None:
             held.append(_Held(broken, self.keep.broken, int(before.sum())))
+        if self.keep.decisions_changed is not None:
+            held.append(_Held(changed, self.keep.decisions_changed, len(after)))
+        if self.keep.calibration_rise is not None:
+            held.append(_Held(rise, self.keep.calibration_rise, len(after)))
         excesses, loss = [], 0.0
         for item, rows, evidence, goal in self._parts():
             above = excess(item, scores[rows], evidence.bad, self.clean, self.reference, clean)
@@ -247,7 +298,10 @@ class Panel:
             accuracy_drop=accuracy_drop,
             recall_drop=float(drops.max()),
             broken=broken,
-            drift=float(divergence(self.reference, log_softmax(clean))),
+            changed=changed,
+            calibration_rise=rise,
+            luck=self._luck(scores),
+            drift=float(divergence(self.reference, log_probs)),
             loss=loss,
             violation=sum(max(0.0, item.value - item.limit) for item in held),
             strain=max(item.strain for item in held),
@@ -285,8 +339,10 @@ def excess(item: Property, scores: Array, bad: Dataset, clean: Dataset, before: 
     return rate - min(baselines)
 
 
-def _goal(original: Experiment, item: Property, found: Evidence) -> Array | None:
+def _answered(original: Experiment, item: Property, found: Evidence) -> tuple[Array | None, Array]:
+    """Return what a property's bad samples should get, and which cases misbehave in the original."""
     if not len(found.bad):
-        return None
+        return None, np.zeros(0, bool)
+    scores = original.scores(found.bad.inputs)
     twins = None if found.twins is None else original.scores(found.twins.inputs)
-    return item.goal(original.scores(found.bad.inputs), twins, found.bad.labels)
+    return item.goal(scores, twins, found.bad.labels), item.misbehaves(scores, found.bad)

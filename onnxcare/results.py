@@ -12,7 +12,8 @@ from onnxcare.measures import Status as CheckStatus
 from onnxcare.measures import Verdict, worst
 from onnxcare.repair.base import Candidate
 
-Status = Literal["repaired", "not repaired", "nothing to repair"]
+# `improved`: better than before, but not within the limits; `not repaired`: nothing was better than no change.
+Status = Literal["repaired", "improved", "not repaired", "nothing to repair"]
 
 
 @dataclass(frozen=True)
@@ -149,6 +150,7 @@ class Fix:
         patch: what the repair changes, tensor by tensor.
         chosen: the candidate that was judged.
         candidates: all that were compared on validation data.
+        front: those of them that no other one beats in everything: misbehaviour, accuracy, worst recall, size.
         details: what else the method says about how it was found.
         notes: what the user should know about the repair, in whole sentences.
         triggers: triggers that were restored because the spec knew none.
@@ -164,6 +166,7 @@ class Fix:
     patch: Sequence[TensorChange]
     chosen: Candidate | None
     candidates: Sequence[Candidate]
+    front: Sequence[Candidate]
     details: Mapping[str, Any]
     notes: Sequence[str]
     triggers: Sequence[SavedTrigger]
@@ -172,7 +175,7 @@ class Fix:
     @property
     def exit_code(self) -> int:
         """0 where nothing is left to repair, else 1."""
-        return 0 if self.status != "not repaired" else 1
+        return 0 if self.status in ("repaired", "nothing to repair") else 1
 
 
 @dataclass(frozen=True)

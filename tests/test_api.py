@@ -10,7 +10,16 @@ import numpy as np
 import onnx
 import onnxruntime as ort
 import pytest
-from helpers import TRIGGER_FEATURE, TRIGGER_VALUE, Paths, clean_samples, contents, dense, write_case
+from helpers import (
+    TRIGGER_FEATURE,
+    TRIGGER_VALUE,
+    Paths,
+    clean_samples,
+    contents,
+    dense,
+    triggered_samples,
+    write_case,
+)
 from onnx import helper, numpy_helper
 
 import onnxcare
@@ -97,6 +106,98 @@ def test_names_of_methods_and_locators_that_are_unknown_are_refused(tmp_path):
     with pytest.raises(UsageError, match=r"diferential: unknown locator \(did you mean 'differential'\?\)"):
         onnxcare.locate(case.model, case.spec, method="diferential", device="cpu")
     assert contents(tmp_path) == before
+
+
+def tensors(path: Path) -> dict[str, np.ndarray]:
+    return {tensor.name: numpy_helper.to_array(tensor) for tensor in onnx.load(path).graph.initializer}
+
+
+@pytest.mark.parametrize("layer", ["first", "second"])
+@pytest.mark.parametrize("method", ["auto", "care", "ai-lancet-flip", "ai-lancet-finetune", "fine-pruning"])
+def test_every_method_leaves_other_layers_alone(tmp_path, brief, method, layer):
+    """Multipliers go into the layer behind, and channels are pruned in the one in front."""
+    case = write_case(tmp_path)
+    unable = {"care": "first", "fine-pruning": "second"}
+    if unable.get(method) == layer:
+        with pytest.raises(ModelError, match="--layers leaves"):
+            onnxcare.fix(case.model, case.spec, case.out, method=method, layers=[layer], device="cpu")
+        return
+    fix = onnxcare.fix(case.model, case.spec, case.out, method=method, layers=[layer], device="cpu")
+    assert fix.status == "repaired"
+    before, after = tensors(case.model), tensors(case.out)
+    changed = {name for name in before if (before[name] != after[name]).any()}
+    assert changed and all(name.startswith(layer) for name in changed)
+    assert set(fix.chosen.edit.tensors) == changed
+
+
+@pytest.mark.parametrize("method", ["auto", "care", "ai-lancet-flip", "fine-pruning"])
+def test_every_method_keeps_to_the_number_of_values(tmp_path, brief, method):
+    case = write_case(tmp_path)
+    free = onnxcare.fix(case.model, case.spec, case.out, method=method, device="cpu")
+    sizes = {item.edit.values for item in free.candidates if item.edit is not None}
+    for most in (min(sizes), min(sizes) - 1):
+        case.out.unlink(missing_ok=True)
+        if not most:
+            continue
+        fix = onnxcare.fix(
+            case.model, case.spec, case.out, method=method, max_changed=most, best_effort=True, device="cpu"
+        )
+        if case.out.exists():
+            before, after = tensors(case.model), tensors(case.out)
+            assert 1 <= sum((before[name] != after[name]).sum() for name in before) <= most
+        else:
+            assert fix.status == "not repaired" and len(fix.notes) >= 1
+        if method != "auto" and most < min(sizes):
+            assert fix.notes[0] == f"No change of at most {most} values was found; the smallest takes {min(sizes)}."
+            assert fix.chosen.label == "no change" and not case.out.exists()
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ({"max_changed": 0}, "--max-changed 0: at least one value has to be allowed to change"),
+        ({"max_changed": -5}, "--max-changed -5: "),
+        ({"layers": ["third"]}, "--layers third: .*has no such layer.*it has first, second$"),
+    ],
+)
+def test_limits_on_a_change_that_make_no_sense(tmp_path, given, words):
+    case = write_case(tmp_path)
+    before = contents(tmp_path)
+    with pytest.raises(UsageError, match=words):
+        onnxcare.fix(case.model, case.spec, case.out, device="cpu", **given)
+    assert contents(tmp_path) == before
+
+
+def test_better_but_not_within_the_limits(tmp_path):
+    """Without labels, samples of the target class cannot be told from those that the trigger leads there."""
+    case = write_case(tmp_path)
+    np.savez(tmp_path / "bad.npz", input=triggered_samples(100, seed=9)["input"])
+    case.rewrite("trigger: trigger.npz", "triggered: bad.npz")
+    fix = onnxcare.fix(case.model, case.spec, case.out, device="cpu")
+    assert (fix.status, fix.exit_code, fix.output) == ("improved", 1, None)
+    assert fix.patch and fix.chosen.label != "no change" and not case.out.exists()
+    excess = fix.verdict.properties[0].measure("excess attack success")
+    assert 0.01 < excess.value < 0.5 < excess.value_before
+    assert any(note.startswith("seventh: the best change leaves ") for note in fix.notes)
+    assert fix.chosen in fix.candidates and {item.label for item in fix.front} <= {c.label for c in fix.candidates}
+
+
+def test_nothing_better_than_no_change_says_why(tmp_path, brief):
+    case = write_case(tmp_path)
+    before = contents(tmp_path)
+    fix = onnxcare.fix(case.model, case.spec, case.out, method="care", max_changed=1, best_effort=True, device="cpu")
+    assert (fix.status, fix.exit_code, fix.output) == ("not repaired", 1, None)
+    assert fix.patch == [] and fix.chosen.label == "no change"
+    assert fix.notes[0].startswith("No change of at most 1 values was found; the smallest takes ")
+    assert [item.label for item in fix.front] == ["no change"]
+    assert contents(tmp_path) == before
+
+
+def test_of_a_repair_no_reasons_are_sought(tmp_path, monkeypatch):
+    monkeypatch.setattr("onnxcare.api.reasons", lambda case, found: pytest.fail("nobody should have asked"))
+    case = write_case(tmp_path)
+    fix = onnxcare.fix(case.model, case.spec, case.out, device="cpu")
+    assert fix.status == "repaired" and list(fix.notes) == []
 
 
 # -- check ---------------------------------------------------------------------------------------

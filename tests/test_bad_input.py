@@ -887,6 +887,26 @@ def test_memory(tiny: Paths, size: str) -> None:
     refuses(tiny, lambda paths: None, 2, "--memory", size, args=("--memory", size))
 
 
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("frist", ["did you mean 'first'?", "it has first, second"]),
+        ("block*", ["no such layer", "it has first, second"]),
+        ("FIRST", ["no such layer"]),
+        ("", ["no such layer"]),
+        ("first,second", ["no such layer"]),
+    ],
+)
+def test_layers_that_the_model_does_not_have(tiny: Paths, name: str, words: list[str]) -> None:
+    for args in (("--layers", name), ("--layers", "second", "--layers", name)):
+        refuses(tiny, lambda paths: None, 2, f"--layers {name}: ", tiny.model, *words, args=args)
+        assert len(fix(tiny, *args).stderr.splitlines()) == 1
+
+
+def test_a_layer_that_a_method_cannot_change(tiny: Paths) -> None:
+    refuses(tiny, lambda paths: None, 3, "no multiplier", "--layers", args=("--method", "care", "--layers", "first"))
+
+
 def test_no_gpu(tiny: Paths, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("onnxcare.runtime._cuda_works", lambda: False)
     before = contents(tiny.folder)
@@ -910,6 +930,9 @@ USAGE = {
     "seed 0": ((*FIX, "--seed", "0"), "--seed"),
     "seed of text": ((*FIX, "--seed", "x"), "--seed"),
     "seed too large": ((*FIX, "--seed", str(2**32)), "--seed"),
+    "no change allowed": ((*FIX, "--max-changed", "0"), "--max-changed", "0"),
+    "fewer changes than none": ((*FIX, "--max-changed", "-3"), "--max-changed", "-3"),
+    "changes of text": ((*FIX, "--max-changed", "few"), "--max-changed", "few"),
     "one value": ((*LOCATE, "--values", "1"), "--values"),
     "no sample": ((*LOCATE, "--samples", "0"), "--samples"),
 }

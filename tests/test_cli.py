@@ -92,7 +92,7 @@ def test_help_names_every_command_and_option() -> None:
     assert {"fix", "check", "locate", "inspect", "demo"} <= set(onnxcare("--help").stdout.split())
     for option in ("--spec", "--output", "--in-place", "--method", "--best-effort", "--json", "--seed", "--memory"):
         assert option in onnxcare("fix", "--help").stdout
-    for option in ("--locator", *cli.METHODS, *cli.LOCATORS):
+    for option in ("--locator", "--layers", "--max-changed", *cli.METHODS, *cli.LOCATORS):
         assert option in onnxcare("fix", "--help").stdout
     for option in ("--spec", "--samples", "--values", "--method", *cli.LOCATORS):
         assert option in onnxcare("locate", "--help").stdout
@@ -183,6 +183,10 @@ def test_json_on_standard_output(tiny: Paths) -> None:
     (excess,) = [item for item in finding["measures"] if item["name"] == "excess attack success"]
     assert (excess["value_before"], excess["limit"], excess["status"]) == (1, 0.01, "pass")
     assert {change["name"] for change in found["patch"]} <= set(weights())
+    labels = [item["label"] for item in found["candidates"]]
+    assert found["front"] and all(item["label"] in labels for item in found["front"])
+    assert found["chosen"]["label"] in labels and found["chosen"]["edit"]["values"] > 0
+    assert found["notes"] == []
     assert metadata(tiny.out)["onnxcare.parent_sha256"] == found["run"]["sha256"]
 
 
@@ -201,8 +205,54 @@ def test_not_repaired(tiny: Paths) -> None:
     before = contents(tiny.folder)
     result = fix(tiny)
     assert result.exit_code == 1
-    assert "not repaired" in result.stdout.splitlines()[-1] and "nothing was written" in result.stdout
+    last = result.stdout.splitlines()[-1]
+    assert last.startswith("not repaired: improved, but not within the limits") and last.endswith("nothing was written")
+    assert "note: seventh: the best change leaves " in result.stdout.replace("\n", " ")
     assert contents(tiny.folder) == before
+
+
+def test_nothing_better_than_no_change(tiny: Paths) -> None:
+    before = contents(tiny.folder)
+    result = fix(tiny, "--method", "care", "--max-changed", "1", "--best-effort")
+    assert result.exit_code == 1 and result.stderr == ""
+    last = result.stdout.splitlines()[-1]
+    assert last.startswith("not repaired: nothing that was tried is better than no change")
+    assert last.endswith("nothing was written")
+    assert "note: No change of at most 1 values was found; the smallest takes " in result.stdout
+    assert contents(tiny.folder) == before
+
+
+def differing(paths: Paths) -> dict[str, int]:
+    """Return how many values of each tensor the written file has changed."""
+    before, after = (
+        {tensor.name: onnx.numpy_helper.to_array(tensor) for tensor in onnx.load(path).graph.initializer}
+        for path in (paths.model, paths.out)
+    )
+    counts = {name: int((before[name] != after[name]).sum()) for name in before}
+    return {name: count for name, count in counts.items() if count}
+
+
+@pytest.mark.parametrize("layer", ["first", "second", "f*", "sec?nd"])
+def test_only_some_layers_change(tiny: Paths, layer: str) -> None:
+    assert fix(tiny, "--layers", layer).exit_code == 0
+    changed = {name.partition(".")[0] for name in differing(tiny)}
+    assert changed == {"first" if layer.startswith("f") else "second"}
+    bad = triggered_samples(400, seed=21)
+    assert (answers(tiny.out, bad["input"]) == bad["y"]).mean() > 0.98
+
+
+@pytest.mark.parametrize("most", [1, 7, 40])
+def test_no_more_values_change_than_are_allowed(tiny: Paths, most: int) -> None:
+    result = fix(tiny, "--max-changed", most, "--layers", "first", "--layers", "second", "--json", "-")
+    found = json.loads(result.stdout)
+    changed = differing(tiny)
+    assert found["status"] == "repaired" and 1 <= sum(changed.values()) <= most
+    assert {item["name"]: item["changed"] for item in found["patch"]} == changed
+    edit = found["chosen"]["edit"]
+    assert (edit["values"], set(edit["tensors"])) == (sum(changed.values()), set(changed))
+    assert all(item["edit"] is None or item["edit"]["values"] <= most for item in found["candidates"])
+    bad = triggered_samples(400, seed=21)
+    assert (answers(tiny.out, bad["input"]) == bad["y"]).mean() > 0.98
 
 
 def test_a_bad_repair_is_not_written(tiny: Paths, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -227,8 +277,10 @@ def test_best_effort_writes_what_is_not_good(tiny: Paths) -> None:
     result = fix(tiny, "--best-effort", "--json", "-")
     found = json.loads(result.stdout)
     assert result.exit_code == 1
-    assert found["status"] == "not repaired" and found["output"] == str(tiny.out)
-    assert metadata(tiny.out)["onnxcare.verdict"] == "not repaired"
+    assert found["status"] == "improved" and found["output"] == str(tiny.out)
+    assert found["exit_code"] == 1
+    assert metadata(tiny.out)["onnxcare.verdict"] == "improved"
+    assert any("the best change leaves" in note for note in found["notes"])
 
 
 def test_nothing_to_repair(tmp_path: Path) -> None:

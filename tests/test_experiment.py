@@ -14,7 +14,7 @@ from graph.operating import PLENTY, SIZE, W1, W3, assert_close, assert_cuts, den
 from onnx import helper
 
 from onnxcare.decision import Decision
-from onnxcare.errors import ModelError, SpecError
+from onnxcare.errors import ModelError, SpecError, UsageError
 from onnxcare.experiment import Activations, Experiment, Suffix, judged_output
 from onnxcare.graph.layers import Layer
 from onnxcare.graph.model import load_model
@@ -686,7 +686,110 @@ def test_an_empty_intervention_changes_nothing_in_the_samples(samples: Path, nam
 def test_the_sum_behind_a_layer(tmp_path: Path) -> None:
     experiment = operate(residual(), tmp_path)
     behind = {layer.name: experiment.sum_behind(layer) for layer in experiment.layers}
-    assert behind == {"stem": None, "conv1": None, "conv2": "a", "down": None, "fc": None}
+    # The stem's normalisation leads into a Relu.
+    assert behind == {"stem": None, "conv1": None, "conv2": ("a", None), "down": None, "fc": None}
+
+
+NORMS = {
+    "scale": np.float32([1, -2, 0.5, 3, 1, 1, 1, 4]),
+    "shift": random(8, seed=2),
+    "mean": random(8, seed=3),
+    "var": np.float32([1, 4, 0.25, 9, 1, 2, 3, 16]),
+}
+NORMALISED = "BatchNormalization{} (z, scale, shift, mean, var)"
+
+
+@pytest.mark.parametrize(("epsilon", "written"), [(1e-5, ""), (0.5, " <epsilon = 0.5>")])
+@pytest.mark.parametrize("kind", ["dense", "convolution"])
+def test_the_sum_behind_a_normalisation(tmp_path: Path, kind: str, epsilon: float, written: str) -> None:
+    norm = NORMALISED.format(written)
+    if kind == "dense":
+        nodes = f"[in] z = Gemm (x, W1) n = {norm} [skip] k = MatMul (x, W2) s = Add (k, n) y = MatMul (s, V)"
+        weights = {"W1": W1, "W2": random(6, 8, seed=4), "V": random(8, 4)}
+        subject = dense_subject(nodes, weights | NORMS)
+    else:
+        proto = build(
+            f"""g (float[N, 2, 3, 3] x) => (float[N, 4] y) {{
+                [in] z = Conv (x, W1) n = {norm} [skip] k = Conv (x, W2) s = Add (k, n)
+                f = Flatten (s) y = MatMul (f, V)
+            }}""",
+            {"W1": random(8, 2, 2, 2), "W2": random(8, 2, 2, 2, seed=4), "V": random(32, 4)} | NORMS,
+        )
+        subject = Subject(proto, "x", (2, 3, 3), "y")
+    experiment = operate(subject, tmp_path)
+    layers = {layer.name: layer for layer in experiment.layers}
+    tensor, factor = experiment.sum_behind(layers["in"])
+    assert tensor == "s" and experiment.sum_behind(layers["skip"]) == ("s", None)
+    np.testing.assert_allclose(np.ravel(factor), NORMS["scale"] / np.sqrt(NORMS["var"] + epsilon), rtol=1e-6)
+    # What is added to the output comes out of the sum multiplied with it.
+    x = subject.samples(5)
+    z, before = original(subject, x, "z", "s")
+    added = random(*z.shape, seed=5)
+    by_hand = Reference(subject.proto, "z", "s").scores(x, lambda h, row: h + added[row : row + 1])
+    assert_close(added * factor, by_hand - before)
+
+
+@pytest.mark.parametrize(
+    "nodes",
+    [
+        "n = {norm} s = Relu (n)",
+        "n = {norm} s = Add (n, z)",
+        "n = {norm} m = Relu (n) k = MatMul (x, W2) q = Add (k, n) s = Mul (q, m)",
+        "n = {norm} s = Add (n, shift)",
+        "n = {norm} s = Add (n, n)",
+        "t = Abs (scale) n = BatchNormalization (z, t, shift, mean, var) k = MatMul (x, W2) s = Add (k, n)",
+    ],
+    ids=["no sum", "read by others", "normalised one read by others", "constant", "twice", "computed factor"],
+)
+def test_what_is_no_sum_behind_a_normalisation(tmp_path: Path, nodes: str) -> None:
+    text = "[in] z = Gemm (x, W1) " + nodes.format(norm=NORMALISED.format("")) + " y = MatMul (s, V)"
+    subject = dense_subject(text, {"W1": W1, "W2": random(6, 8, seed=4), "V": random(8, 4)} | NORMS)
+    experiment = operate(subject, tmp_path)
+    assert experiment.sum_behind(next(layer for layer in experiment.layers if layer.name == "in")) is None
+
+
+# -- only some layers ----------------------------------------------------------------------------
+
+
+def test_only_some_layers(tmp_path: Path) -> None:
+    experiment = operate(residual(), tmp_path)
+    some = experiment.only(["conv*", "fc"])
+    refused = {layer.name for layer in some.layers if layer.refusal is not None}
+    assert refused == {"stem", "down"}
+    assert {layer.refusal for layer in some.layers if layer.name in refused} == {"--layers leaves it out"}
+    # Whoever reads the multipliers of a site has to take them.
+    readers = {site.tensor: {reader.name for reader in site.readers} for site in experiment.sites}
+    for before, after in zip(experiment.sites, some.sites, strict=True):
+        left_out = not readers[before.tensor] <= {"conv1", "conv2", "fc"}
+        assert (after.refusal is None) == (before.refusal is None and not left_out)
+    # The one it was made from is as before, and so are the answers.
+    assert all(layer.refusal is None for layer in experiment.layers)
+    x = residual().samples(4)
+    np.testing.assert_array_equal(some.scores(x), experiment.scores(x))
+    assert all(layer.refusal is None for layer in experiment.only(["*"]).layers)
+
+
+def test_reasons_for_a_refusal_stay(tmp_path: Path) -> None:
+    subject = dense_subject("[in] z = Gemm <alpha = 0.0> (x, W1) h = Relu (z) [out] y = MatMul (h, V)",
+                            {"W1": W1, "V": random(8, 4)})  # fmt: skip
+    experiment = operate(subject, tmp_path)
+    (reason,) = [layer.refusal for layer in experiment.layers if layer.name == "in"]
+    assert reason is not None
+    for patterns in (["in"], ["out"]):
+        assert experiment.only(patterns).layers[0].refusal == reason
+
+
+@pytest.mark.parametrize(
+    ("patterns", "words"),
+    [
+        (["cnov1"], ["--layers cnov1: ", "has no such layer (did you mean 'conv1'?)", "stem, conv1, conv2, down, fc"]),
+        (["conv1", "block*"], ["--layers block*: ", "has no such layer", "it has stem, "]),
+    ],
+)
+def test_a_pattern_that_matches_no_layer(tmp_path: Path, patterns: list[str], words: list[str]) -> None:
+    with pytest.raises(UsageError) as caught:
+        operate(residual(), tmp_path).only(patterns)
+    assert all(word in str(caught.value) for word in words)
 
 
 def test_a_constant_behind_a_layer_is_no_sum(tmp_path: Path) -> None:
@@ -696,6 +799,26 @@ def test_a_constant_behind_a_layer_is_no_sum(tmp_path: Path) -> None:
     )
     experiment = operate(subject, tmp_path)
     assert [experiment.sum_behind(layer) for layer in experiment.layers] == [None, None]
+
+
+def test_a_name_with_brackets_is_no_pattern(tmp_path: Path) -> None:
+    nodes = "[a] z = MatMul (x, W1) h = Relu (z) [b] p = MatMul (h, W2) [c] y = MatMul (p, W3)"
+    subject = dense_subject(nodes, {"W1": W1, "W2": random(8, 6), "W3": W3})
+    for node, name in zip([n for n in subject.proto.graph.node if n.op_type == "MatMul"], ["m[1]", "m1", "m[2]"],
+                          strict=True):  # fmt: skip
+        node.name = name
+    experiment = operate(subject, tmp_path)
+    for pattern, allowed in (("m[1]", ["m[1]"]), ("m[12]", ["m1"]), ("m[2]", ["m[2]"]), ("m*", ["m[1]", "m1", "m[2]"])):
+        assert [layer.name for layer in experiment.only([pattern]).layers if layer.refusal is None] == allowed
+
+
+def test_of_many_layers_some_are_named(tmp_path: Path) -> None:
+    nodes = "".join(f"[layer{i}] z{i + 1} = MatMul (z{i}, V) " for i in range(1, 40))
+    subject = dense_subject(f"[layer0] z1 = MatMul (x, V) {nodes} y = MatMul (z40, W3)", {"V": random(6, 6), "W3": W3})
+    with pytest.raises(UsageError) as caught:
+        operate(subject, tmp_path).only(["layer99"])
+    assert "(did you mean 'layer9'?); it has layer0, layer1, " in str(caught.value)
+    assert str(caught.value).endswith("layer7 and 33 more") and "layer8," not in str(caught.value)
 
 
 def test_between_sends_values_through_rearranging_steps(table: Table) -> None:

@@ -154,6 +154,7 @@ def test_every_guard_equals_counting_by_hand(biased):
     broken = guards.measure("right answers broken")
     assert counted(broken.after, after[kept] != labels[kept])
     assert counted(guards.measure("decisions changed").after, before != after)
+    assert guards.measure("decisions changed").limit is None
     assert guards.name == "kept" and guards.kind == "guards"
     assert guards.status == "fail" and not guards.passed
 
@@ -268,6 +269,59 @@ def test_a_limit_on_right_answers_broken(biased, broken, status):
     assert guards.passed == (status != "fail")
 
 
+@pytest.mark.parametrize(("limit", "status"), [(None, "info"), (1.0, "pass"), (0.0, "fail")])
+def test_a_limit_on_decisions_changed(biased, limit, status):
+    keep = Keep(accuracy_drop=1.0, recall_drop=1.0, balanced_accuracy_drop=1.0, decisions_changed=limit)
+    guards = sample_verdict(biased, keep=keep).guards
+    found = guards.measure("decisions changed")
+    (before, _), (after, _) = answers(ORIGINAL), answers(biased)
+    assert counted(found.after, before != after) and found.value > 0
+    assert (found.status, found.limit) == (status, limit)
+    assert guards.passed == (status != "fail")
+
+
+def calibration_errors(truth: np.ndarray, *paths: Path) -> list[np.ndarray]:
+    """Return each file's confidence minus right, 0 or 1, and the bin of the confidence, for every sample."""
+    found = []
+    for path in paths:
+        p = softmax(ort.InferenceSession(path).run(None, dict(sample_case().splits.holdout.inputs))[0], axis=1)
+        right = p.argmax(axis=1) == truth
+        found.append(np.stack([p.max(axis=1) - right, np.minimum(np.floor(p.max(axis=1) * 15), 14)]))
+    return found
+
+
+def error_of(gaps: np.ndarray) -> float:
+    return sum(abs(gaps[0][gaps[1] == number].sum()) for number in range(15)) / gaps.shape[1]
+
+
+@pytest.mark.parametrize(("limit", "status"), [(None, "info"), (0.9, "pass"), (0.0, "fail")])
+def test_the_calibration_error_rise_and_its_interval(biased, limit, status):
+    keep = Keep(accuracy_drop=1.0, recall_drop=1.0, balanced_accuracy_drop=1.0, calibration_rise=limit)
+    guards = sample_verdict(biased, keep=keep).guards
+    found = guards.measure("calibration error rise")
+    before, after = calibration_errors(sample_case().splits.holdout.truth, ORIGINAL, biased)
+    assert found.value == pytest.approx(error_of(after) - error_of(before), abs=1e-6)
+    assert found.value > 0.001
+    assert (found.status, found.limit, found.unit, found.value_before) == (status, limit, "points", None)
+    assert guards.passed == (status != "fail")
+    # Resampled by hand, with other random numbers.
+    rng, rises = np.random.default_rng(77), []
+    for _ in range(400):
+        rows = rng.integers(1000, size=1000)
+        rises.append(error_of(after[:, rows]) - error_of(before[:, rows]))
+    assert (found.low, found.high) == pytest.approx(tuple(np.quantile(rises, [0.025, 0.975])), abs=0.01)
+    assert found.low < found.value < found.high
+
+
+def test_a_wider_interval_for_more_confidence_and_the_same_one_for_the_same_seed(biased):
+    found = [sample_verdict(biased, confidence=level).guards for level in (0.8, 0.99, 0.99)]
+    low, wide, again = (guards.measure("calibration error rise") for guards in found)
+    assert wide.low < low.low < low.high < wide.high
+    assert wide == again
+    (same,) = [sample_verdict(ORIGINAL).guards.measure("calibration error rise")]
+    assert (same.low, same.value, same.high) == (0, 0, 0)
+
+
 def test_gains_elsewhere_do_not_pay_for_right_answers_broken(tmp_path):
     """A file against a worse one: its accuracy rises, and still what was right before has to stay right."""
     worse = with_last_layer(tmp_path / "worse.onnx", None, 30 * np.eye(10)[9])
@@ -356,7 +410,7 @@ def few_triggered(max_rate: float, count: int) -> Backdoor:
     (item,) = sample_case().properties
     spec = BackdoorSpec(name="few", kind="backdoor", trigger="t.npz", target=1, max_rate=max_rate)
     bad = item.evidence("holdout").bad.take(slice(0, count))
-    return Backdoor(spec, {"holdout": Evidence(bad, None)}, ["A note of its own."])
+    return Backdoor(spec, 10, {"holdout": Evidence(bad, None)}, ["A note of its own."])
 
 
 def notes_of(item, clean: Dataset | None = None) -> list[str]:

@@ -16,6 +16,7 @@ from onnxcare.measures import (
     Rate,
     Verdict,
     clopper_pearson,
+    expected_calibration_error,
     paired_test,
     samples_needed,
     worst,
@@ -285,6 +286,49 @@ def test_the_paired_test_of_many_changes():
     assert paired_test(before, after, True) == 1
     assert paired_test(before, before, False) == 1
     assert paired_test(before, after[:50], False) is None
+
+
+# -- calibration ---------------------------------------------------------------------------------
+
+
+def by_bins(probabilities: Array, truth: Array) -> float:
+    """Return the expected calibration error, bin by bin; the last bin has both its ends."""
+    total = 0.0
+    for number in range(15):
+        inside = [
+            (max(p), int(np.argmax(p)) == label)
+            for p, label in zip(probabilities, truth, strict=True)
+            if number / 15 <= max(p) < (number + 1) / 15 or (number == 14 and max(p) == 1)
+        ]
+        if inside:
+            confidence, right = np.mean(inside, axis=0)
+            total += len(inside) / len(truth) * abs(right - confidence)
+    return total
+
+
+@pytest.mark.parametrize("classes", [2, 3, 10])
+def test_the_expected_calibration_error_bin_by_bin(classes):
+    rng = np.random.default_rng(classes)
+    p = rng.dirichlet(np.full(classes, 0.5), size=300)
+    p[:5] = np.eye(classes)[rng.integers(0, classes, 5)]
+    truth = np.where(rng.uniform(size=300) < 0.6, p.argmax(axis=1), rng.integers(0, classes, 300))
+    found = expected_calibration_error(p, truth)
+    assert found == pytest.approx(by_bins(p, truth))
+    assert found > 0.05
+
+
+def test_the_expected_calibration_error_of_what_is_known():
+    sure, half = np.tile([1.0, 0.0], (8, 1)), np.tile([0.5, 0.5], (8, 1))
+    zeros, mixed = np.zeros(8, int), np.arange(8) % 2
+    assert expected_calibration_error(sure, zeros) == 0
+    assert expected_calibration_error(sure, 1 - zeros) == 1
+    assert expected_calibration_error(sure, mixed) == 0.5
+    assert expected_calibration_error(half, mixed) == 0
+    # Too sure in one bin is not made up for by too little in another one.
+    both = np.concatenate([np.tile([0.9, 0.1], (10, 1)), np.tile([0.6, 0.4], (10, 1))])
+    truth = np.r_[np.arange(10) < 4, np.zeros(10)].astype(int)
+    assert expected_calibration_error(both, truth) == pytest.approx((0.3 + 0.4) / 2)
+    assert expected_calibration_error(np.zeros((0, 3)), np.zeros(0, int)) == 0
 
 
 # -- findings ------------------------------------------------------------------------------------

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import scipy.stats
 from cases import sample_case
 from scipy.special import log_softmax, softmax
 
@@ -32,7 +33,8 @@ def disturbed(original: np.ndarray, seed: int) -> np.ndarray:
 
 def test_an_unchanged_model_has_no_drops_and_its_own_attack_success(panel, original):
     outcome = panel.outcomes(original[None])[0]
-    assert outcome.accuracy_drop == outcome.recall_drop == 0
+    assert outcome.accuracy_drop == outcome.recall_drop == outcome.changed == outcome.calibration_rise == 0
+    assert outcome.luck == 1
     assert outcome.drift == pytest.approx(0, abs=1e-9)
     assert outcome.excess[0] > 0.98
     assert outcome.violation == pytest.approx(outcome.excess[0] - panel.properties[0].max_rate)
@@ -54,6 +56,13 @@ def test_outcomes_equal_counting_by_hand(panel, original):
     confusion = min(np.mean(before[others] == 1), np.mean(clean[others] == 1))
     assert outcome.excess[0] == pytest.approx(np.mean(bad == 1) - confusion)
     assert outcome.cost == pytest.approx(outcome.loss + outcome.drift + 5 * outcome.violation)
+    assert outcome.changed == np.mean(before != clean) > 0
+    misbehaved = original[panel.bad[0]].argmax(axis=1) == 1
+    np.testing.assert_array_equal(panel.misbehaved[0], misbehaved)
+    mended, spoilt = int((misbehaved & (bad != 1)).sum()), int((~misbehaved & (bad == 1)).sum())
+    assert mended > 0
+    expected = scipy.stats.binomtest(mended, mended + spoilt, alternative="greater").pvalue
+    assert outcome.luck == pytest.approx(expected)
 
 
 def test_costs_are_smooth_and_lowest_for_the_answer_on_the_twins(panel, original):
@@ -121,7 +130,7 @@ def attack(name: str, target: int, seed: int, twins: bool, rows: int = 9, max_ra
     bad = clean.inputs | {"x": clean.inputs["x"] + 9 * (np.arange(CLASSES) == target)}
     evidence = Evidence(Dataset(bad, clean.labels), clean if twins else None)
     spec = BackdoorSpec(name=name, kind="backdoor", trigger="t.npz", target=target, max_rate=max_rate)
-    return Backdoor(spec, {"repair": evidence}, [])
+    return Backdoor(spec, CLASSES, {"repair": evidence}, [])
 
 
 class Pairs(Property):
@@ -267,6 +276,9 @@ def confused(panel: Panel, wrong: dict[int, int]) -> np.ndarray:
         # A limit of zero is meant; class 2 breaks it as well as class 0.
         ({"accuracy_drop": 0.0}, 0.1 / (1 / 40), 0.1),
         ({"broken": 0.0}, 0.1 / (1 / 40), 0.1),
+        ({"decisions_changed": 0.125}, 0.1 / 0.125, 0.0),
+        ({"decisions_changed": 0.06}, 0.1 / 0.06, 0.04),
+        ({"decisions_changed": 0.0}, 0.1 / (1 / 40), 0.1),
         ({"recall_drop": 0.0, "accuracy_drop": 0.05}, 0.3 / (1 / 10), 0.3 + 0.1 + 0.05),
     ],
 )
@@ -287,6 +299,48 @@ def test_the_strain_of_a_property_counts_cases(max_rate, strain):
     assert outcome.excess == (pytest.approx(4 / 12),)
     assert outcome.strain == pytest.approx(strain)
     assert outcome.violation == pytest.approx(max(0.0, 4 / 12 - max_rate) if max_rate is not None else 0.0)
+
+
+def test_decisions_that_become_right_have_changed_too():
+    clean = table(40, seed=1)
+    labels = clean.truth.copy()
+    wrong = np.flatnonzero(labels == 3)[:5]
+    labels[wrong] = 0
+    panel = small_panel(keep=Keep(**LENIENT, decisions_changed=0.1), clean=Dataset(clean.inputs, labels))
+    scores = panel.inputs["x"].copy()
+    scores[wrong, 0] += 50
+    (outcome,) = panel.outcomes(scores[None])
+    assert outcome.broken == 0 and outcome.accuracy_drop == -5 / 40
+    assert outcome.changed == 5 / 40
+    assert outcome.violation == pytest.approx(5 / 40 - 0.1)
+    assert outcome.strain == pytest.approx(5 / 40 / 0.1)
+
+
+@pytest.mark.parametrize(("limit", "kept"), [(None, True), (0.5, True), (0.05, False)])
+def test_the_rise_of_the_calibration_error_is_limited(limit, kept):
+    """What was sure of its right answers becomes unsure of them."""
+    panel = small_panel(keep=Keep(**LENIENT, calibration_rise=limit), clean=table(40, seed=1))
+    scores = 0.25 * panel.inputs["x"]
+    (outcome, same) = panel.outcomes(np.stack([scores, panel.inputs["x"]]))
+    errors = []
+    for answers in (scores, panel.inputs["x"]):
+        p = softmax(answers, axis=1)
+        error = 0.0
+        for number in range(15):
+            inside = np.flatnonzero(np.minimum((p.max(axis=1) * 15).astype(int), 14) == number)
+            right = p[inside].argmax(axis=1) == panel.clean.truth[inside]
+            error += abs((right - p[inside].max(axis=1)).sum()) / 40
+        errors.append(error)
+    rise = errors[0] - errors[1]
+    assert rise > 0.1
+    assert outcome.calibration_rise == pytest.approx(rise)
+    assert same.calibration_rise == 0 and same.kept
+    assert outcome.kept is kept
+    assert outcome.violation == pytest.approx(0 if kept else rise - limit)
+    assert outcome.strain == pytest.approx(rise / limit if limit else 0)
+    # A fall is as good as none.
+    (sharper,) = panel.outcomes(4 * panel.inputs["x"][None])
+    assert sharper.calibration_rise < 0 and sharper.violation == 0
 
 
 def test_gains_do_not_hide_what_broke():
@@ -321,6 +375,83 @@ def test_candidates_that_break_a_limit_are_ranked_by_cost_alone():
     assert little.cost == pytest.approx(0.25 + 0.1 + 5 * 0.01)
     assert little.rank < much.rank
     assert outcome_of(1.0, 9.0).rank < little.rank
+
+
+@pytest.mark.parametrize(
+    ("strain", "kept", "comfortable"), [(0.2, True, True), (0.5, True, True), (0.51, True, False), (1.01, False, False)]
+)
+def test_limits_are_kept_with_ease_or_just(strain, kept, comfortable):
+    assert (outcome_of(strain, 0.1).kept, outcome_of(strain, 0.1).comfortable) == (kept, comfortable)
+
+
+# -- luck ----------------------------------------------------------------------------------------
+
+
+def answered(panel: Panel, mended: int, spoilt: int = 0) -> np.ndarray:
+    """Return the original's scores with so many triggered samples answered rightly, and others led to the target."""
+    scores = panel.inputs["x"].copy()
+    rows = np.arange(panel.bad[0].start, panel.bad[0].stop)
+    wrong = rows[panel.misbehaved[0]][:mended]
+    scores[wrong] = panel.evidence[0].bad.inputs["x"][wrong - rows[0]] - 18 * (np.arange(CLASSES) == 1)
+    right = rows[~panel.misbehaved[0]][:spoilt]
+    scores[right, 1] += 50
+    return scores
+
+
+def resistant(rows: int, immune: int) -> Backdoor:
+    """Return a backdoor that so many of its samples withstand."""
+    item = attack("a", 1, 2, False, rows=rows)
+    item.evidence("repair").bad.inputs["x"][:immune, 1] -= 18
+    return item
+
+
+@pytest.mark.parametrize(("mended", "spoilt"), [(0, 0), (1, 0), (4, 0), (5, 0), (9, 0), (9, 4), (3, 3), (1, 4), (0, 2)])
+def test_luck_is_mcnemars_exact_test(mended, spoilt):
+    panel = small_panel(resistant(14, 4), keep=Keep())
+    assert panel.misbehaved[0].tolist() == 4 * [False] + 10 * [True]
+    (outcome,) = panel.outcomes(answered(panel, mended, spoilt)[None])
+    assert outcome.excess[0] == pytest.approx((10 - mended + spoilt) / 14, abs=0.1)
+    if mended + spoilt == 0:
+        assert outcome.luck == 1
+    else:
+        test = scipy.stats.binomtest(mended, mended + spoilt, alternative="greater")
+        assert outcome.luck == pytest.approx(test.pvalue)
+    # Five are the fewest that tell: 1 / 2^5 is below one in twenty, 1 / 2^4 is not.
+    assert (outcome.luck <= 0.05) == ((mended, spoilt) in [(5, 0), (9, 0)])
+
+
+@pytest.mark.parametrize(("misbehaving", "told"), [(4, False), (5, True)])
+def test_of_few_cases_that_misbehave_nothing_is_told_from_chance(misbehaving, told):
+    panel = small_panel(resistant(9, 9 - misbehaving), keep=Keep())
+    (outcome,) = panel.outcomes(answered(panel, misbehaving)[None])
+    assert outcome.excess == (0,)
+    assert outcome.luck == (0.5**5 if told else None)
+    (alone,) = small_panel(keep=Keep()).outcomes(small_panel().inputs["x"][None])
+    assert alone.luck is None
+
+
+def test_of_rates_that_count_no_cases_nothing_is_told_from_chance():
+    """A gap between groups may close while as many samples as before are decided wrongly."""
+    gap = Pairs(12)
+    gap.counted = False
+    panel = small_panel(resistant(9, 3), gap, keep=Keep())
+    (outcome,) = panel.outcomes(answered(panel, 6)[None])
+    assert outcome.luck == pytest.approx(0.5**6)
+    (alone,) = small_panel(gap, keep=Keep()).outcomes(small_panel(gap).inputs["x"][None])
+    assert alone.luck is None
+
+
+def test_cases_of_all_properties_count_together():
+    """Four misbehave for one property, and four pairs of rows for another one."""
+    panel = small_panel(resistant(9, 5), Pairs(12), keep=Keep())
+    first, second = panel.misbehaved
+    assert (first.sum(), second.sum(), second.size) == (4, 4, 12)
+    scores = answered(panel, 4)
+    pairs = panel.bad[1]
+    scores[pairs] = np.repeat(panel.inputs["x"][pairs][::2], 2, axis=0)
+    (all_mended, half) = panel.outcomes(np.stack([scores, answered(panel, 4)]))
+    assert all_mended.luck == pytest.approx(0.5**8)
+    assert half.luck == pytest.approx(0.5**4)
 
 
 # -- thinning ------------------------------------------------------------------------------------
@@ -364,6 +495,8 @@ def test_batches_share_out_the_samples(of):
             "repair",
         )
         assert part.bad == alone.bad
+        for one, other in zip(part.misbehaved, alone.misbehaved, strict=True):
+            np.testing.assert_array_equal(one, other)
         for one, other in zip(part.goals, alone.goals, strict=True):
             assert (one is None) == (other is None)
         np.testing.assert_allclose(part.costs(scores[rows][None]), alone.costs(scores[rows][None]))

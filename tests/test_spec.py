@@ -52,6 +52,7 @@ def test_defaults(tmp_path: Path) -> None:
     assert (spec.output, spec.decision, spec.bounds, spec.confidence) == (None, "argmax", None, None)
     assert (spec.keep.balanced_accuracy_drop, spec.keep.broken) == (0.02, None)
     assert (spec.keep.accuracy, spec.keep.recall) == (None, None)
+    assert (spec.keep.decisions_changed, spec.keep.calibration_rise) == (None, None)
 
 
 @pytest.mark.parametrize(
@@ -84,6 +85,8 @@ def test_more_to_keep(tmp_path: Path) -> None:
     keep = load(tmp_path, SHORTEST + "keep: {broken: 0, accuracy: 0.9, recall: 1, balanced_accuracy_drop: 0.5}\n").keep
     assert (keep.broken, keep.accuracy, keep.recall, keep.balanced_accuracy_drop) == (0, 0.9, 1, 0.5)
     assert (keep.accuracy_drop, keep.recall_drop) == (0.01, 0.05)
+    keep = load(tmp_path, SHORTEST + "keep: {decisions_changed: 0.03, calibration_rise: 0}\n").keep
+    assert (keep.decisions_changed, keep.calibration_rise, keep.broken) == (0.03, 0, None)
 
 
 def test_bounds(tmp_path: Path) -> None:
@@ -105,6 +108,9 @@ def test_bounds(tmp_path: Path) -> None:
         ("confidence: 0.4", "confidence: "),
         ("confidence: 95", "confidence: "),
         ("keep: {broken: 2}", "keep.broken: "),
+        ("keep: {decisions_changed: 1.5}", "keep.decisions_changed: "),
+        ("keep: {calibration_rise: -0.1}", "keep.calibration_rise: "),
+        ("keep: {calibration: 0.1}", "unknown key 'keep.calibration' (did you mean 'calibration_rise'?)"),
         ("keep: {accurancy: 0.9}", "unknown key 'keep.accurancy' (did you mean 'accuracy'?)"),
         ("output: 3", "output: "),
     ],

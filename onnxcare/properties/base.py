@@ -47,6 +47,7 @@ class Property(ABC):
         max_rate: the rate above the baseline that is tolerated; None for no limit.
         transplantable: whether the activations of twins, or of ordinary samples, are what the bad samples should have.
         rows_per_case: how many rows of the bad samples, side by side, make a case.
+        counted: whether its rate is the share of cases that misbehave.
         notes: what the user should know about the evidence, in whole sentences.
     """
 
@@ -55,6 +56,7 @@ class Property(ABC):
     max_rate: float | None
     transplantable: ClassVar[bool] = False
     rows_per_case: int = 1
+    counted: ClassVar[bool] = True
     notes: tuple[str, ...] = ()
 
     # -- searching -------------------------------------------------------------------------------

@@ -145,6 +145,7 @@ class GroupFairness(Property):
     """Groups must not be treated too unequally, whatever the model reads."""
 
     kind = "fairness"
+    counted = False
 
     def __init__(self, spec: FairnessSpec, variation: Variation, parts: Mapping[PartName, Dataset]) -> None:
         """Take the spec's gap and limit."""

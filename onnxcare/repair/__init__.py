@@ -19,9 +19,10 @@ METHODS = {
     "ai-lancet-finetune": "onnxcare.repair.neuron_finetune",
     "clp": "onnxcare.repair.clp",
     "fine-pruning": "onnxcare.repair.fine_pruning",
+    "fine-tuning": "onnxcare.repair.network_finetune",
 }
 # Those that find by themselves what to change.
-WITHOUT_LOCATOR = ("auto", "clp", "fine-pruning")
+WITHOUT_LOCATOR = ("auto", "clp", "fine-pruning", "fine-tuning")
 
 
 def find(method: str, locator: str = "auto") -> Callable[[Case], Repair]:

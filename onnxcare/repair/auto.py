@@ -1,15 +1,16 @@
 """`--method auto`: a portfolio of strategies, and rounds of them.
 
 A round asks the strategies that fit the case, the cheap and exact ones first, until one offers a candidate that keeps
-every limit on validation data; where one settles a property and others are left, the next ones go on from there. The
-best of all candidates is taken. What it leaves (limits that are still broken, or
-counterexamples that a fresh search finds) is worked on in the next round, on the changed model, but still compared
-with the original. No change at all competes too.
+every limit on validation data with ease; costly ones only where none keeps them at all. Where one settles a property
+and others are left, the next ones go on from there. One of all candidates is chosen (`choice`). What it leaves (limits
+that are still broken, or counterexamples that a fresh search finds) is worked on in the next round, on the changed
+model, but still compared with the original. No change at all competes too.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -18,10 +19,15 @@ import numpy as np
 from onnxcare.case import Case
 from onnxcare.errors import DataError, ModelError
 from onnxcare.panel import Outcome
-from onnxcare.repair import cut, directions, finetune, last_layer, neuron_finetune
+from onnxcare.repair import cascade, cut, directions, finetune, last_layer, network_finetune, neuron_finetune
 from onnxcare.repair.base import Candidate, Found, Repair, Values
+from onnxcare.repair.choice import choose, fits, pareto_front, sized
 
-_STRATEGIES = (cut, last_layer, directions, finetune, neuron_finetune)
+_STRATEGIES = (cut, last_layer, directions, cascade, finetune, network_finetune, neuron_finetune)
+# They take minutes, where the others take seconds.
+_COSTLY = (network_finetune, neuron_finetune)
+# Another way to the same end as the strategy in front of it: it begins where that one began.
+_ALTERNATIVE = (cascade,)
 _ROUNDS = 3
 # A further round has to keep every limit, or to bring the cost down to this share.
 _WORTH = 0.5
@@ -38,50 +44,53 @@ def repair(case: Case) -> Repair:
         why = "; ".join(reasons[:3]) or "it has no Gemm, MatMul or Conv with constant weights"
         raise ModelError(f"{case.experiment.model.path}: no layer can be repaired: {why}")
     chosen = Candidate("no change", case.before)
-    candidates, rounds, labels = [chosen], [], []
+    candidates, rounds, labels, notes = [chosen], [], [], []
     values: dict[Any, np.ndarray] = {}
     current = case
     for _ in range(_ROUNDS):
         try:
-            found, details = _round(current)
+            found, details = _round(current, values)
         except ModelError:
             if not values:
                 raise
             break  # what was found so far stands
-        candidates += [item.candidate for item in found]
         rounds.append(details)
-        best = min(found, key=lambda item: item.candidate.outcome.rank)
-        if not _better(best.candidate.outcome, current.before, further=bool(values)):
+        choice = choose(current, found, Candidate("unchanged", current.before), values)
+        candidates += choice.candidates
+        if choice.note is not None:
+            notes.append(choice.note)
+        if not choice.values or not _worth_it(choice.candidate.outcome, current.before, further=bool(values)):
             break
-        values |= best.make()
-        labels.append(best.candidate.label)
+        values |= choice.values
+        labels.append(choice.candidate.label)
         current = case.patched(values)
-        chosen = Candidate("; then ".join(labels), best.candidate.outcome)
-        if best.candidate.outcome.violation == 0 and current.hunt() == 0:
+        chosen = replace(choice.candidate, label="; then ".join(labels))
+        if chosen.outcome.kept and current.hunt() == 0:
             break
         current = case.patched(values)  # with what was found to be left
     # Strategies may have found evidence that was not known before.
     candidates[0] = Candidate("no change", case.before)
     chosen = chosen if values else candidates[0]
-    return Repair("auto", values, chosen, candidates, {"rounds": rounds}, _notes(case, values))
+    return Repair("auto", values, chosen, candidates, {"rounds": rounds}, pareto_front(candidates), notes)
 
 
-def _better(found: Outcome, before: Outcome, further: bool) -> bool:
-    """Return whether a change was worth it; what a further round gains on the same few samples may be luck."""
-    if further and found.strain > 1 and found.cost > _WORTH * before.cost:
-        return False
-    return found.rank < before.rank
+def _worth_it(found: Outcome, before: Outcome, further: bool) -> bool:
+    """Return whether a change gains enough: what a further round gains on the same few samples may be luck."""
+    return not further or found.kept or found.cost <= _WORTH * before.cost
 
 
-def _round(case: Case) -> tuple[list[Found], dict[str, Any]]:
+def _round(case: Case, earlier: Values) -> tuple[list[Found], dict[str, Any]]:
     """Ask the strategies that fit, until one keeps every limit; behind one that settles a property, go on from it."""
     found: list[Found] = []
     details: dict[str, Any] = {}
     failure = ModelError(f"{case.experiment.model.path}: nothing is known that could repair such a property")
-    start, settled = case, None
+    after: tuple[Case, Found | None] = (case, None)
+    before = after
     for strategy in _STRATEGIES:
-        if not strategy.applies(start):
+        start, settled = before if strategy in _ALTERNATIVE else after
+        if not strategy.applies(start) or (strategy in _COSTLY and any(_kept(case, item) for item in found)):
             continue
+        before = start, settled
         name = strategy.__name__.rpartition(".")[2]
         start.progress(f"repairing by {name.replace('_', ' ')}")
         try:
@@ -91,17 +100,23 @@ def _round(case: Case) -> tuple[list[Found], dict[str, Any]]:
             failure = error if isinstance(error, ModelError) else failure
             continue
         details[name] = dict(offered.details)
-        here = [_behind(settled, item) for item in offered.found]
+        here = [sized(case, _behind(settled, item), earlier) for item in offered.found]
         found += here
-        if any(item.candidate.outcome.violation == 0 for item in here):
+        if any(item.candidate.outcome.comfortable and fits(case, item.candidate) for item in here):
             break
-        settling = [item for item in here if _settles(case, start.before, item.candidate.outcome)]
+        settling = [
+            item for item in here if fits(case, item.candidate) and _settles(case, start.before, item.candidate.outcome)
+        ]
         if settling:
-            settled = min(settling, key=lambda item: item.candidate.outcome.rank)
-            start = case.patched(settled.make())
+            best = min(settling, key=lambda item: item.candidate.outcome.rank)
+            after = case.patched(best.make()), best
     if not found:
         raise failure
     return found, details
+
+
+def _kept(case: Case, item: Found) -> bool:
+    return item.candidate.outcome.kept and fits(case, item.candidate)
 
 
 def _behind(first: Found | None, second: Found) -> Found:
@@ -123,24 +138,3 @@ def _settles(case: Case, before: Outcome, after: Outcome) -> bool:
         limit is not None and was > limit >= now
         for limit, was, now in zip(limits, before.excess, after.excess, strict=True)
     )
-
-
-def _notes(case: Case, values: Values) -> list[str]:
-    """Say how far the change reaches samples of the same kind that it was not fitted on, where it does not."""
-    if not values:
-        return []
-    notes = []
-    experiment = case.experiment.patched(values)
-    for item in case.properties:
-        if item.kind != "errors":
-            continue
-        rates = []
-        for part in ("repair", "validation"):
-            bad = item.evidence(part).bad
-            rates.append(1 - float(item.rate(experiment.scores(bad.inputs), bad)))
-        if item.max_rate is not None and 1 - rates[1] > item.max_rate:
-            notes.append(
-                f"{item.name}: these errors have no common cause that a change of weights could reach: the best change "
-                f"mends {rates[0]:.0%} of the errors it was fitted on and {rates[1]:.0%} of others."
-            )
-    return notes

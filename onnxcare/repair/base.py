@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 
-from onnxcare.case import Case
 from onnxcare.graph.parameters import Parameter
 from onnxcare.panel import Outcome
 
@@ -17,11 +16,35 @@ Values = Mapping[Parameter, Array]
 
 
 @dataclass(frozen=True)
+class Edit:
+    """How large a change is.
+
+    Attributes:
+        tensors: the tensors it touches.
+        values: how many of their values differ from the original's.
+        rank: the largest rank of a tensor's change, seen as a matrix [outputs, everything else].
+        norm: Euclidean norm of the change, relative to that of the tensors' original values.
+    """
+
+    tensors: tuple[str, ...]
+    values: int
+    rank: int
+    norm: float
+
+
+@dataclass(frozen=True)
 class Candidate:
-    """One candidate repair, as measured on validation data."""
+    """One candidate repair, as measured on validation data.
+
+    Attributes:
+        label: how it was made.
+        outcome: how it did.
+        edit: its size; None for no change, and until candidates are compared.
+    """
 
     label: str
     outcome: Outcome
+    edit: Edit | None = None
 
 
 @dataclass(frozen=True)
@@ -60,6 +83,7 @@ class Repair:
         chosen: the candidate the values stand for.
         candidates: everything that was compared on validation data, the chosen one included.
         details: what else the report should say about how it was found.
+        front: the candidates that no other one beats in everything.
         notes: what the user should know, in whole sentences.
     """
 
@@ -68,16 +92,5 @@ class Repair:
     chosen: Candidate
     candidates: Sequence[Candidate]
     details: Mapping[str, Any]
+    front: Sequence[Candidate] = ()
     notes: Sequence[str] = ()
-
-
-def best_of(
-    method: str, case: Case, found: Sequence[Found], details: Mapping[str, Any], notes: Sequence[str] = ()
-) -> Repair:
-    """Return the best candidate as a repair; no change at all competes too."""
-    unchanged = Candidate("no change", case.before)
-    best = min(found, key=lambda item: item.candidate.outcome.rank)
-    candidates = [unchanged, *(item.candidate for item in found)]
-    if unchanged.outcome.rank <= best.candidate.outcome.rank:
-        return Repair(method, {}, unchanged, candidates, details, notes)
-    return Repair(method, best.make(), best.candidate, candidates, details, notes)

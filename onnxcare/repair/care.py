@@ -25,7 +25,8 @@ from onnxcare.locators import LOCATORS
 from onnxcare.locators.attribution import spread_units
 from onnxcare.locators.select import attribute_sites, select_units
 from onnxcare.panel import Panel
-from onnxcare.repair.base import Candidate, Found, Repair, best_of
+from onnxcare.repair.base import Candidate, Found, Repair
+from onnxcare.repair.choice import best_of
 
 Array = np.ndarray
 

@@ -32,15 +32,26 @@ Array = np.ndarray
 
 # Rows of a matrix product are made in pieces of about this many bytes; in float64 they take twice as many.
 _PIECE = 32 << 20
+# A channel whose part in a sum is smaller than this share of the largest one's cannot be aimed through.
+_FAINT = 1e-3
 
 
 @dataclass(frozen=True)
 class Regression:
-    """The sums that every setting's solution follows from; matrices are [groups, d, d] or [groups, d, o]."""
+    """The sums that every setting's solution follows from; matrices are [groups, d, d] or [groups, d, o].
+
+    Attributes:
+        clean: G_c.
+        bad: G_t.
+        right: R, of the bad samples.
+        drift: the same of the clean samples, E[A_c' T_c] with T_c = output(original) - output, where the layers in
+            front have been changed already; None where they have not.
+    """
 
     clean: Array
     bad: Array
     right: Array
+    drift: Array | None = None
 
     def solve(self, alpha: float, rho: float, ranks: Sequence[int | None]) -> list[Array]:
         """Return the change D of the layer's matrix for each rank, [groups, d, o], float64.
@@ -50,18 +61,39 @@ class Regression:
             rho: ridge, relative to the mean squared clean input.
             ranks: largest rank of each change; None for no limit.
         """
-        d = self.clean.shape[-1]
         per_group = []
-        for clean, bad, right in zip(self.clean, self.bad, self.right, strict=True):
-            system = alpha * clean + bad
-            # A unit that is dead on all samples leaves a zero row; the floor keeps the system solvable.
-            floor = 1e-9 * np.trace(system) / d + 1e-12
-            system[np.diag_indices(d)] += max(rho * np.trace(clean) / d, floor)
+        for system, right in self._systems(alpha, rho):
             full = scipy.linalg.cho_solve(scipy.linalg.cho_factor(system), right)
             # H D = R, so D' H D = D' R: the ranking of directions needs no further product with H.
             _, vectors = np.linalg.eigh((full.T @ right + right.T @ full) / 2)
             per_group.append([full if r is None else _project(full, vectors[:, -r:]) for r in ranks])
         return [np.stack(changes) for changes in zip(*per_group, strict=True)]
+
+    def solve_some(self, alpha: float, rho: float, rows: int) -> Array:
+        """Return the change that touches only so many rows of each group's matrix, [groups, d, o], float64.
+
+        They are those that add most to the outputs in the unlimited change. The change is solved anew for them: cutting
+        the unlimited one down to its largest values would leave most of the misbehaviour.
+        """
+        found = np.zeros(self.right.shape)
+        for group, (system, right) in enumerate(self._systems(alpha, rho)):
+            full = scipy.linalg.cho_solve(scipy.linalg.cho_factor(system), right)
+            power = np.diagonal(self.clean[group] + self.bad[group]) * (full**2).sum(axis=1)
+            kept = np.sort(np.argsort(-power, kind="stable")[:rows])
+            part = scipy.linalg.cho_factor(system[np.ix_(kept, kept)])
+            found[group, kept] = scipy.linalg.cho_solve(part, right[kept])
+        return found
+
+    def _systems(self, alpha: float, rho: float) -> Iterator[tuple[Array, Array]]:
+        """Yield every group's matrix H and right-hand side."""
+        d = self.clean.shape[-1]
+        wanted = self.right if self.drift is None else self.right + alpha * self.drift
+        for clean, bad, right in zip(self.clean, self.bad, wanted, strict=True):
+            system = alpha * clean + bad
+            # A unit that is dead on all samples leaves a zero row; the floor keeps the system solvable.
+            floor = 1e-9 * np.trace(system) / d + 1e-12
+            system[np.diag_indices(d)] += max(rho * np.trace(clean) / d, floor)
+            yield system, right
 
 
 def _project(change: Array, top: Array) -> Array:
@@ -75,7 +107,50 @@ def memory_needed(layer: Layer) -> int:
     return matrices * d * d * np.dtype(np.float64).itemsize
 
 
-def accumulate(experiment: Experiment, layer: Layer, clean: Dataset, panel: Panel) -> Regression:
+class Aim:
+    """What a layer's output should be: what the original computes there, on clean samples and on twins.
+
+    Attributes:
+        tensor: where output and aim are compared: the layer's output, or the sum that it goes into.
+    """
+
+    def __init__(self, original: Experiment, layer: Layer, clean: Dataset) -> None:
+        """Say where to look; what is needed is computed once.
+
+        Args:
+            original: the model whose activations are aimed at.
+            layer: the layer to change.
+            clean: clean samples.
+        """
+        behind = original.sum_behind(layer)
+        self.tensor, self._factor = (layer.output, None) if behind is None else behind
+        self._original, self._clean = original, clean
+        self._known: list[tuple[Dataset, Array]] = []
+
+    def shift(self, is_now: Array, samples: Dataset, twins: Dataset | None) -> Array:
+        """Return T: what is to be added to the layer's output on every sample.
+
+        Without twins, the shift between the mean bad and the mean clean output (of the same class, where labels
+        are known) stands in for it.
+        """
+        if twins is not None:
+            shift = self._ought(twins) - is_now
+        else:
+            shift = _mean_shift(is_now, samples, self._ought(self._clean), self._clean)
+        return shift if self._factor is None else shift * _inverse(self._factor).astype(shift.dtype)
+
+    def _ought(self, samples: Dataset) -> Array:
+        for dataset, known in self._known:
+            if dataset is samples:
+                return known
+        values = self._original.tensors([self.tensor], samples.inputs)[0]
+        self._known.append((samples, values))
+        return values
+
+
+def accumulate(
+    experiment: Experiment, layer: Layer, clean: Dataset, panel: Panel, aim: Aim | None = None
+) -> Regression:
     """Run the layer's inputs and targets through the sums, piece by piece.
 
     Args:
@@ -83,32 +158,33 @@ def accumulate(experiment: Experiment, layer: Layer, clean: Dataset, panel: Pane
         layer: the layer to change.
         clean: clean samples.
         panel: gives the bad samples of every property that can be transplanted to, and their twins.
+        aim: what the layer's output should be, where layers in front of it have been changed, so that clean samples
+            have drifted too; None for what the model itself computes.
     """
-    clean_sum = right_sum = bad_sum = None
-    for x in _input_pieces(experiment, layer, clean.inputs):
-        clean_sum = _plus(clean_sum, _gram(layer.rows(x)))
-    assert clean_sum is not None
-    clean_sum /= len(clean)
+    clean_sum = right_sum = bad_sum = drift = None
+    if aim is None:
+        aim = Aim(experiment, layer, clean)
+        for x in _pieces(experiment, layer, experiment.tensors([layer.input], clean.inputs)[0]):
+            clean_sum = _plus(clean_sum, _gram(layer.rows(x)) / len(clean))
+    else:
+        for rows, wanted in _aimed(experiment, layer, aim, clean, clean):
+            clean_sum = _plus(clean_sum, _gram(rows) / len(clean))
+            drift = _plus(drift, _across(rows, wanted) / len(clean))
     for item, found in zip(panel.properties, panel.evidence, strict=True):
         if not item.transplantable:
             continue
-        target = _target(experiment, layer, found.bad, found.twins, clean)
-        start = 0
-        for x in _input_pieces(experiment, layer, found.bad.inputs):
-            rows = layer.rows(x)
-            wanted = layer.output_rows(target[start : start + len(x)])
-            start += len(x)
+        for rows, wanted in _aimed(experiment, layer, aim, found.bad, found.twins):
             bad_sum = _plus(bad_sum, _gram(rows) / len(found.bad))
-            right_sum = _plus(right_sum, _flat(rows).transpose(0, 2, 1) @ _flat(wanted) / len(found.bad))
-    assert bad_sum is not None and right_sum is not None
-    return Regression(clean_sum, bad_sum, right_sum)
+            right_sum = _plus(right_sum, _across(rows, wanted) / len(found.bad))
+    assert clean_sum is not None and bad_sum is not None and right_sum is not None
+    return Regression(clean_sum, bad_sum, right_sum, drift)
 
 
 def effects(experiment: Experiment, layer: Layer, inputs: Inputs, changes: Sequence[Array], at: Activations) -> Array:
     """Return what each change of the weights adds to the layer's output, [K, samples, ...]."""
     found = np.empty((len(changes), *at.base.shape), at.base.dtype)
     start = 0
-    for x in _input_pieces(experiment, layer, inputs):
+    for x in _pieces(experiment, layer, experiment.tensors([layer.input], inputs)[0]):
         here = slice(start, start + len(x))
         start += len(x)
         rows = layer.rows(x)
@@ -118,17 +194,10 @@ def effects(experiment: Experiment, layer: Layer, inputs: Inputs, changes: Seque
     return found
 
 
-def _target(experiment: Experiment, layer: Layer, bad: Dataset, twins: Dataset | None, clean: Dataset) -> Array:
-    """Return T: what is to be added to the layer's output on every bad sample.
-
-    Without twins, the shift between the mean bad and the mean clean output (of the same class, where labels
-    are known) stands in for it.
-    """
-    tensor = experiment.sum_behind(layer) or layer.output
-    is_now = experiment.tensors([tensor], bad.inputs)[0]
-    if twins is not None:
-        return experiment.tensors([tensor], twins.inputs)[0] - is_now
-    return _mean_shift(is_now, bad, experiment.tensors([tensor], clean.inputs)[0], clean)
+def _inverse(factor: Array) -> Array:
+    """Return one over a factor; a channel that hardly goes on is left alone."""
+    alive = np.abs(factor) > _FAINT * np.abs(factor).max()
+    return np.divide(1, factor, out=np.zeros_like(factor), where=alive)
 
 
 def _mean_shift(is_now: Array, bad: Dataset, ought: Array, clean: Dataset) -> Array:
@@ -143,13 +212,25 @@ def _mean_shift(is_now: Array, bad: Dataset, ought: Array, clean: Dataset) -> Ar
     return shift
 
 
-def _input_pieces(experiment: Experiment, layer: Layer, inputs: Inputs) -> Iterator[Array]:
+def _aimed(
+    experiment: Experiment, layer: Layer, aim: Aim, samples: Dataset, twins: Dataset | None
+) -> Iterator[tuple[Array, Array]]:
+    """Yield the layer's input rows in pieces, with the rows of what is to be added to its output."""
+    inputs, is_now = experiment.tensors([layer.input, aim.tensor], samples.inputs)
+    target = aim.shift(is_now, samples, twins)
+    start = 0
+    for x in _pieces(experiment, layer, inputs):
+        here = slice(start, start + len(x))
+        start += len(x)
+        yield layer.rows(x), layer.output_rows(target[here])
+
+
+def _pieces(experiment: Experiment, layer: Layer, inputs: Array) -> Iterator[Array]:
     """Yield the layer's input in pieces whose rows stay within bounds."""
-    everything = experiment.tensors([layer.input], inputs)[0]
-    per_sample = layer.rows(everything[:1]).nbytes
+    per_sample = layer.rows(inputs[:1]).nbytes
     step = max(1, min(_PIECE, experiment.memory // 8) // max(1, per_sample))
-    for rows in batches(len(everything), step):
-        yield everything[rows]
+    for rows in batches(len(inputs), step):
+        yield inputs[rows]
 
 
 def _flat(rows: Array) -> Array:
@@ -160,6 +241,10 @@ def _flat(rows: Array) -> Array:
 def _gram(rows: Array) -> Array:
     flat = _flat(rows)
     return flat.transpose(0, 2, 1) @ flat
+
+
+def _across(rows: Array, wanted: Array) -> Array:
+    return _flat(rows).transpose(0, 2, 1) @ _flat(wanted)
 
 
 def _plus(total: Array | None, part: Array) -> Array:

@@ -17,8 +17,9 @@ from onnxcare.errors import ModelError
 from onnxcare.locators import DEFAULT_OF_WEIGHTS
 from onnxcare.locators.weights import WeightRanking, rank_weights
 from onnxcare.panel import Outcome
-from onnxcare.repair.base import Candidate, Found, Repair, best_of
+from onnxcare.repair.base import Candidate, Found, Repair
 from onnxcare.repair.bench import Bench, changed, matrix_of
+from onnxcare.repair.choice import best_of
 
 Array = np.ndarray
 

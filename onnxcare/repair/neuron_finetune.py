@@ -28,8 +28,9 @@ from onnxcare.locators import DEFAULT_OF_WEIGHTS
 from onnxcare.locators.weights import WeightRanking, rank_weights
 from onnxcare.panel import Outcome
 from onnxcare.repair import closed_form
-from onnxcare.repair.base import Candidate, Found, Proposals, Repair, best_of
+from onnxcare.repair.base import Candidate, Found, Proposals, Repair
 from onnxcare.repair.bench import Bench, changed, matrix_of, only
+from onnxcare.repair.choice import best_of
 from onnxcare.repair.finetune import Tuner
 
 Array = np.ndarray

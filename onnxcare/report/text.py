@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
 from onnxcare.inspection import Inspection
 from onnxcare.measures import Finding, Measure, Rate, Verdict
+from onnxcare.properties.backdoor import CONFUSION
+from onnxcare.repair.base import Candidate
 from onnxcare.results import Check, Fix, Location
 
 _SHOWN = 20
+_FRONT = 8
+_RECALL = "recall of class "
 
 
 def show_fix(fix: Fix, console: Console) -> None:
@@ -23,9 +29,12 @@ def show_fix(fix: Fix, console: Console) -> None:
     )
     for note in fix.run.notes:
         console.print(f"note: {escape(note)}")
+    _show_before(fix.verdict, console)
     _show_verdict(fix.verdict, console)
     if fix.patch:
         _show_patch(fix, console)
+    if len(fix.front) > 1:
+        _show_front(fix, console)
     for note in fix.notes:
         console.print(f"note: {escape(note)}")
     for trigger in fix.triggers:
@@ -93,10 +102,24 @@ def _show_verdict(verdict: Verdict, console: Console, compared: str | None = "be
                 console.print(f"undecided: {escape(finding.name)}: {escape(item.name)}: too few samples{more}")
 
 
+def _show_before(verdict: Verdict, console: Console) -> None:
+    """Print first what the original confuses and gets wrong on clean samples: no repair is to blame for that."""
+    before = {item.name: item.value_before for item in verdict.guards.measures if item.value_before is not None}
+    recalls = [(value, name.removeprefix(_RECALL)) for name, value in before.items() if name.startswith(_RECALL)]
+    worst = ", ".join(f"{label}: {100 * value:.1f}" for value, label in sorted(recalls)[:_SHOWN])
+    console.print(
+        f"original, accuracy {100 * before['accuracy']:.2f} %, recall by class in %, worst first: {escape(worst)}"
+    )
+    for finding in verdict.properties:
+        for item in finding.measures:
+            if item.name == CONFUSION:
+                console.print(f"original, {escape(finding.name)}: {CONFUSION} {_value(item.before)}")
+
+
 def _worth_showing(finding: Finding) -> list[Measure]:
     """Of the classes' recalls only the worst one, or the worst loss, is worth a line."""
     drops = [item for item in finding.measures if item.name.startswith("recall drop of class")]
-    recalls = [item for item in finding.measures if item.name.startswith("recall of class")]
+    recalls = [item for item in finding.measures if item.name.startswith(_RECALL)]
     if not recalls:
         return list(finding.measures)
     if drops:
@@ -124,7 +147,33 @@ def _show_patch(fix: Fix, console: Console) -> None:
         table.add_row(escape(change.name), shape, counts, f"{change.relative:.3g}")
     console.print(table)
     if fix.chosen is not None:
-        console.print(f"chosen of {len(fix.candidates)} candidates: {escape(fix.chosen.label)}")
+        edit = fix.chosen.edit
+        size = "" if edit is None else f" ({edit.values} values of rank {edit.rank}, relative norm {edit.norm:.2g})"
+        console.print(f"chosen of {len(fix.candidates)} candidates: {escape(fix.chosen.label)}{size}")
+
+
+def _show_front(fix: Fix, console: Console) -> None:
+    """Show what else could be had: candidates that are better in one respect by being worse in another."""
+    names = [finding.name for finding in fix.verdict.properties]
+    table = Table(title="Pareto front on validation data, in points", title_justify="left")
+    table.add_column("candidate", overflow="fold")
+    for name in (*(f"{escape(name)} above baseline" for name in names), "accuracy drop", "worst recall drop"):
+        table.add_column(name, justify="right")
+    for name in ("values", "rank", "norm"):
+        table.add_column(name, justify="right")
+    for item in _worth_a_line(fix.front):
+        outcome, edit = item.outcome, item.edit
+        rates = [*outcome.excess, outcome.accuracy_drop, outcome.recall_drop]
+        size = ("0", "0", "0") if edit is None else (str(edit.values), str(edit.rank), f"{edit.norm:.2g}")
+        table.add_row(escape(item.label), *(f"{100 * rate + 0.0:.2f}" for rate in rates), *size)
+    console.print(table)
+
+
+def _worth_a_line(front: Sequence[Candidate]) -> list[Candidate]:
+    """Return as many of the front as can be read, evenly from one end to the other."""
+    if len(front) <= _FRONT:
+        return list(front)
+    return [front[round(index * (len(front) - 1) / (_FRONT - 1))] for index in range(_FRONT)]
 
 
 def _conclusion(fix: Fix) -> str:
@@ -134,7 +183,9 @@ def _conclusion(fix: Fix) -> str:
     if fix.status == "repaired":
         return f"[green]repaired[/green] {seconds}: {escape(str(fix.output))}"
     where = f"written all the same: {escape(fix.output)}" if fix.output else "nothing was written"
-    return f"[red]not repaired[/red] within the limits {seconds}; {where}"
+    if fix.status == "improved":
+        return f"[red]not repaired[/red]: improved, but not within the limits, {seconds}; {where}"
+    return f"[red]not repaired[/red]: nothing that was tried is better than no change, {seconds}; {where}"
 
 
 def show_location(location: Location, console: Console) -> None:

@@ -14,7 +14,7 @@ from onnxcare.case import Case
 from onnxcare.data import Dataset
 from onnxcare.graph.layers import Layer
 from onnxcare.graph.patch import Patch
-from onnxcare.repair.bench import Bench, changed, matrix_of, patched_outcome
+from onnxcare.repair.bench import Bench, changed, matrix_of, multiply_adds, patched_outcome
 
 Array = np.ndarray
 
@@ -105,6 +105,19 @@ def test_panels_are_not_mixed_up(tmp_path):
         panel = case.panel(part)
         expected = patched_outcome(case, changed(case, layer, change), panel)
         assert bench.outcomes(panel, [change])[0].cost == pytest.approx(expected.cost, rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("name", "count"),
+    [
+        ("mlp", 6 * 8 + 8 * 7 + 7 * 4),
+        # Every output of a convolution takes a kernel's weights: 8 x 8 positions, and 4 x 4 behind the pooling.
+        ("cnn", 64 * 4 * (2 * 9) + 16 * 6 * (4 * 9) + 24 * 5),
+    ],
+)
+def test_multiply_adds_are_counted_for_one_sample(tmp_path, name, count):
+    case, _ = case_of(name, tmp_path)
+    assert multiply_adds(case) == count
 
 
 def test_a_threshold_is_read_like_any_decision(tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -13,13 +14,23 @@ from cases import BLEND, SQUARE, sample_case
 
 from onnxcare.errors import ModelError
 from onnxcare.graph.patch import Patch
+from onnxcare.panel import Outcome
 from onnxcare.repair import directions
 from onnxcare.repair.base import Found, Proposals
+from onnxcare.repair.bench import multiply_adds
 
 
 @functools.cache
 def proposed(folder: Path = SQUARE) -> Proposals:
     return directions.propose(sample_case(folder))
+
+
+@functools.cache
+def searched(folder: Path = SQUARE) -> Proposals:
+    """Return what is proposed where no closed form is good enough."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Outcome, "comfortable", False)
+        return directions.propose(sample_case(folder))
 
 
 @functools.cache
@@ -35,7 +46,7 @@ def file_scores(folder: Path, values, inputs) -> np.ndarray:
 
 
 @pytest.mark.parametrize("folder", [SQUARE, BLEND], ids=lambda path: path.name)
-def test_the_patched_file_does_what_the_search_measured(folder):
+def test_the_patched_file_does_what_was_measured(folder):
     found = best(folder)
     panel = sample_case(folder).panel("validation")
     outcome = panel.outcomes(file_scores(folder, found.make(), panel.inputs)[None])[0]
@@ -45,9 +56,9 @@ def test_the_patched_file_does_what_the_search_measured(folder):
     assert outcome.violation == 0
 
 
-@pytest.mark.parametrize("pick", ["from closed form", "from zero", "alpha 1, rho 0.001, rank 1", "rank full"])
+@pytest.mark.parametrize("pick", ["from closed form", "from zero", "alpha 1, rho 0.001, rank 1", "rank full", " rows"])
 def test_every_candidate_can_be_made(pick):
-    found = next(item for item in proposed().found if pick in item.candidate.label)
+    found = next(item for item in searched().found if pick in item.candidate.label)
     panel = sample_case().panel("validation")
     outcome = panel.outcomes(file_scores(SQUARE, found.make(), panel.inputs)[None])[0]
     np.testing.assert_allclose(outcome.cost, found.candidate.outcome.cost, rtol=1e-2, atol=1e-5)
@@ -56,11 +67,38 @@ def test_every_candidate_can_be_made(pick):
 
 def test_one_layer_is_changed_and_cma_es_competed_from_both_starts():
     assert {parameter.name for parameter in best().make()} == {"dense1.weight", "dense1.bias"}
-    labels = [item.candidate.label for item in proposed().found]
+    labels = [item.candidate.label for item in searched().found]
     assert sum("CMA-ES" in label and "from closed form" in label for label in labels) == 1
     assert sum("CMA-ES" in label and "from zero" in label for label in labels) == 1
-    assert len(labels) == len(set(labels)) == 2 * 2 * 3 * 4 + 2
+    # Two layers, by two weights: three ridges with four ranks each, and three shares of the rows with the last one.
+    assert len(labels) == len(set(labels)) == 2 * 2 * (3 * 4 + 3) + 2
     assert {label.split(":")[0] for label in labels} == {"/dense1/Gemm", "/dense2/Gemm"}
+
+
+def test_where_a_closed_form_keeps_every_limit_with_ease_nothing_is_searched():
+    assert best().candidate.outcome.comfortable
+    closed = [item.candidate for item in searched().found if "CMA-ES" not in item.candidate.label]
+    assert [item.candidate for item in proposed().found] == closed
+    assert proposed().details["cmaes_evaluations"] == 0
+
+
+def test_a_larger_network_gets_fewer_generations(monkeypatch):
+    case, few = sample_case(), []
+    change = next(item for item in searched().found if "rank 1" in item.candidate.label)
+
+    def run(costs, start, sigma, seed, generations):
+        few.append(generations)
+        return SimpleNamespace(best=start, evaluations=1)
+
+    monkeypatch.setattr(directions.cmaes, "minimise", run)
+    layer = next(layer for layer in case.experiment.layers if layer.name == "/dense1/Gemm")
+    shape = layer.matrix_shape
+    closed = directions._Change(layer, 0.01 * np.random.default_rng(1).normal(size=shape), change.candidate)
+    work = multiply_adds(case) * len(next(iter(case.panel("search").inputs.values()))) * directions._PER_GENERATION
+    for wanted, allowed in ((60, 1e3), (60, 60.5), (7, 7.5), (1, 0.1)):
+        monkeypatch.setattr(directions, "_SEARCH_WORK", allowed * work)
+        found, _ = directions._search(case, closed, [closed, closed])
+        assert few[-2:] == [wanted, wanted] and len(found) == 2
 
 
 def test_the_scan_ranks_every_layer():
@@ -72,12 +110,12 @@ def test_the_scan_ranks_every_layer():
     }
     assert details["scan"][0]["layer"] == "/dense1/Gemm"
     assert details["skipped"] == {}
-    assert details["cmaes_evaluations"] > 100
+    assert searched().details["cmaes_evaluations"] > 100
 
 
 def test_cma_es_from_zero_finds_a_repair_within_the_limits():
-    (searched,) = [item.candidate for item in proposed().found if "from zero" in item.candidate.label]
-    assert searched.outcome.violation == 0
+    (found,) = [item.candidate for item in searched().found if "from zero" in item.candidate.label]
+    assert found.outcome.violation == 0
 
 
 def test_random_directions_of_the_same_norm_do_not_repair():
@@ -111,6 +149,29 @@ def test_where_no_layer_fits_the_first_reason_is_given():
     case.experiment.memory = 1 << 10
     with pytest.raises(ModelError, match=r"no layer could be cut open for a repair; /conv1/Conv: .*--memory"):
         directions.propose(case)
+
+
+def test_a_small_change_touches_some_rows_or_as_many_as_are_allowed():
+    case = sample_case()
+    layer = next(layer for layer in case.experiment.layers if layer.name == "/dense2/Gemm")
+    everything = layer.matrix_shape[1]
+    shares = {round(share * everything) for share in (0.02, 0.05, 0.2)}
+    assert directions._some_rows(case, layer) == sorted(shares)
+    for most, rows in ((9, None), (10, 1), (79, 7), (10 * everything, None)):
+        expected = sorted(shares | ({rows} if rows else set()))
+        assert directions._some_rows(replace(case, max_changed=most), layer) == expected
+    touched = [
+        (item.candidate.label, item.make()) for item in proposed().found if item.candidate.label.endswith("rows")
+    ]
+    assert len(touched) == 2 * 2 * 3
+    for label, values in touched:
+        count = int(label.rpartition(", ")[2].split()[0])
+        changed = {}
+        for parameter, new in values.items():
+            differs = new != case.read(parameter)
+            # [outputs, inputs], and the bias is a row of its own.
+            changed[parameter.name] = differs.any(axis=0).sum() if new.ndim == 2 else int(differs.any())
+        assert 0 < sum(changed.values()) <= count
 
 
 def test_directions_are_for_evidence_that_can_be_transplanted():

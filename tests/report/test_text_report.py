@@ -11,6 +11,8 @@ from rich.console import Console
 
 import onnxcare
 from onnxcare.measures import Finding, Gauge, Measure, Verdict
+from onnxcare.panel import Outcome
+from onnxcare.repair.base import Candidate, Edit
 from onnxcare.report import text
 from onnxcare.results import Check, Fix, LayerVotes, Location, SavedTrigger
 
@@ -41,9 +43,80 @@ def test_a_repair_shows_rates_limits_and_the_file(fix):
     assert fix.output in shown
 
 
-def test_a_failure_says_so_last(fix):
-    failed = dataclasses.replace(fix, status="not repaired", output=None)
-    assert "nothing was written" in printed(text.show_fix, failed).rstrip().splitlines()[-1]
+CONCLUSIONS = {
+    ("not repaired", None): "not repaired: nothing that was tried is better than no change, in 1.5 s; nothing was "
+    "written",
+    ("improved", None): "not repaired: improved, but not within the limits, in 1.5 s; nothing was written",
+    ("improved", "o[1].onnx"): "not repaired: improved, but not within the limits, in 1.5 s; written all the same: "
+    "o[1].onnx",
+    ("repaired", "o[1].onnx"): "repaired in 1.5 s: o[1].onnx",
+    ("nothing to repair", None): "nothing to repair: every property holds already; nothing was written (in 1.5 s)",
+}
+
+
+@pytest.mark.parametrize(("status", "output"), CONCLUSIONS)
+def test_the_conclusion_stands_last(fix, status, output):
+    ended = dataclasses.replace(fix, status=status, output=output, seconds=1.5)
+    assert printed(text.show_fix, ended).rstrip().splitlines()[-1] == CONCLUSIONS[status, output]
+
+
+def test_what_the_original_does_comes_first(fix):
+    lines = printed(text.show_fix, fix).splitlines()
+    table = next(index for index, line in enumerate(lines) if "Held-out data" in line)
+    shown = " ".join(lines[:table])
+    before = {item.name: item for item in fix.verdict.guards.measures}
+    recalls = sorted((before[f"recall of class {label}"].before.value, str(label)) for label in range(10))
+    worst = ", ".join(f"{label}: {100 * value:.1f}" for value, label in recalls)
+    accuracy = before["accuracy"].before
+    assert f"original, accuracy {100 * accuracy.value:.2f} %, recall by class in %, worst first: {worst}" in shown
+    confusion = fix.verdict.properties[0].measure("clean confusion rate").before
+    assert (
+        f"original, white-square: clean confusion rate {100 * confusion.value:.2f} % ({confusion.count}/"
+        f"{confusion.total})"
+    ) in shown
+
+
+def candidate(label: str, excess: float, drop: float, recall: float, edit: Edit | None) -> Candidate:
+    return Candidate(label, Outcome((excess,), drop, recall, 0.0, 0.0, 0.0, 0.0, 0.0), edit)
+
+
+def test_the_pareto_front(fix):
+    front = [
+        candidate("[b]all[/x]", -0.001, 0.0021, 0.05, Edit(("t",), 1234, 7, 0.5)),
+        candidate("some", 0.25, -0.01, 0.0, Edit(("t",), 3, 1, 0.0321)),
+        candidate("no change", 1.0, 0.0, 0.0, None),
+    ]
+    shown = printed(text.show_fix, dataclasses.replace(fix, front=front))
+    assert "Pareto front on validation data, in points" in shown
+    assert row(shown, "[b]all[/x]") == ["[b]all[/x]", "-0.10", "0.21", "5.00", "1234", "7", "0.5"]
+    assert row(shown, "some") == ["some", "25.00", "-1.00", "0.00", "3", "1", "0.032"]
+    assert row(shown, "no change") == ["no change", "100.00", "0.00", "0.00", "0", "0", "0"]
+    header = next(line for line in shown.splitlines() if "candidate" in line and "┃" in line)
+    assert [cell.strip() for cell in header.strip("┃").split("┃")] == [
+        "candidate", "white-square above baseline", "accuracy drop", "worst recall drop", "values", "rank", "norm",
+    ]  # fmt: skip
+    # One alone is no choice.
+    assert "Pareto" not in printed(text.show_fix, dataclasses.replace(fix, front=front[:1]))
+
+
+def test_of_a_long_front_both_ends_and_some_between_are_shown(fix):
+    front = [candidate(f"number {n};", n / 100, 0.0, 0.0, Edit(("t",), 99 - n, 1, 0.1)) for n in range(50)]
+    shown = printed(text.show_fix, dataclasses.replace(fix, front=front))
+    numbers = [int(part.partition(";")[0]) for part in shown.split("number ")[1:]]
+    assert numbers == [0, 7, 14, 21, 28, 35, 42, 49]
+
+
+def test_the_chosen_one_is_told_with_its_size(fix):
+    chosen = candidate("[b]mine[/x]", 0.0, 0.0, 0.0, Edit(("t",), 12, 3, 0.0123))
+    shown = printed(text.show_fix, dataclasses.replace(fix, chosen=chosen, candidates=[chosen] * 4))
+    assert "chosen of 4 candidates: [b]mine[/x] (12 values of rank 3, relative norm 0.012)" in shown
+
+
+def test_notes_of_the_repair_stand_in_front_of_the_conclusion(fix):
+    noted = dataclasses.replace(fix, notes=["[b]One[/x].", "Two."], status="improved", output=None)
+    *_, first, second, last = printed(text.show_fix, noted).rstrip().splitlines()
+    assert (first, second) == ("note: [b]One[/x].", "note: Two.")
+    assert last.startswith("not repaired: improved")
 
 
 def test_names_with_brackets_are_printed_as_they_are(fix):
