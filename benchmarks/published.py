@@ -83,9 +83,9 @@ def finetune(case: Case, votes: WeightVotes, size: int) -> Array:
     mask = np.zeros(votes.votes.shape, bool)
     mask.reshape(-1)[votes.ranking()[:size]] = True
     mask = _with_bias(layer, mask)[0]
-    (evidence,) = (item.evidence("repair") for item in case.properties)
+    triggered = [(item.evidence("repair").bad, TRIGGERED // len(case.properties)) for item in case.properties]
     parts = []
-    for data, size in ((case.splits.repair, CLEAN), (evidence.bad, TRIGGERED)):
+    for data, size in ((case.splits.repair, CLEAN), *triggered):
         rows = layer.rows(experiment.tensors([layer.input], data.inputs)[0])[0, :, 0].astype(np.float64)
         parts.append((rows, data.truth, size))
     weights = matrix_of(case, layer)[0]

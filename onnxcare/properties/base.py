@@ -45,6 +45,7 @@ class Property(ABC):
         name: how reports call it.
         kind: which kind it is.
         max_rate: the rate above the baseline that is tolerated; None for no limit.
+        stand_in: whether the evidence only stands in for what nobody has seen, so that a repair should reach beyond it.
         transplantable: whether the activations of twins, or of ordinary samples, are what the bad samples should have.
         rows_per_case: how many rows of the bad samples, side by side, make a case.
         counted: whether its rate is the share of cases that misbehave.
@@ -54,6 +55,7 @@ class Property(ABC):
     name: str
     kind: ClassVar[str]
     max_rate: float | None
+    stand_in: ClassVar[bool] = False
     transplantable: ClassVar[bool] = False
     rows_per_case: int = 1
     counted: ClassVar[bool] = True

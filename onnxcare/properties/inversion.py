@@ -54,6 +54,8 @@ FEWEST_CLASSES = _FEWEST + 1
 _AGAIN, _ALIKE = 2, 2.0
 # A blend is compared with those of so many other classes; it has to be smaller than this share of the smallest.
 _COMPARED, _FAR_SMALLER = 3, 0.5
+# What is fainter than this in a restored mask is left out of an opaque one.
+_FAINT = 0.2
 # Nothing is known about the far tails of trigger sizes.
 _SUREST = 0.999
 
@@ -149,6 +151,39 @@ def scan(
         confidence = float(np.clip(1 - chance, 0, _SUREST))
         suspects.append(Suspect(patch.target, triggers, standing.index, confidence, standing.ratio))
     return Scan(patches, sorted(suspects, key=lambda suspect: -suspect.index), hindrance)
+
+
+def reinforced(triggers: Sequence[Trigger], values: Array, bounds: Bounds | None = None) -> list[Trigger]:
+    """Return the triggers, and what is nearer to the true one than they are, because it is stronger.
+
+    A restored patch is as faint and small as will just do. So each is also made opaque, with its values at the ends of
+    the range; and, as several patches of one class are views of one trigger, all of them are put together as well.
+
+    Args:
+        triggers: restored triggers of one class.
+        values: clean inputs, whose range counts where there are no bounds.
+        bounds: what a trigger may hold.
+    """
+    low, high = bounds if bounds is not None else _range(values)
+    patches = [item for item in triggers if item.source == "restored patch"]
+    opaque = [_opaque(item, low, high) for item in patches]
+    together = [_together(patches, opaque)] if len(opaque) > 1 else []
+    return [*triggers, *opaque, *together]
+
+
+def _opaque(trigger: Trigger, low: Array, high: Array) -> Trigger:
+    mask = (trigger.mask > _FAINT).astype(trigger.mask.dtype)
+    pattern = np.where(trigger.pattern > (low + high) / 2, high, low).astype(trigger.pattern.dtype)
+    return Trigger(mask, pattern, "opaque patch")
+
+
+def _together(patches: Sequence[Trigger], opaque: Sequence[Trigger]) -> Trigger:
+    """Return opaque patches on top of each other: at every value the one that was least faint."""
+    strongest = np.argmax([item.mask for item in patches], axis=0)
+    patterns = np.stack([item.pattern for item in opaque])
+    pattern = np.take_along_axis(patterns, strongest[None], axis=0)[0]
+    mask = np.max([item.mask for item in opaque], axis=0)
+    return Trigger(mask, pattern, "patches together")
 
 
 def smallest_patch(

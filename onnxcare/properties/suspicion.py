@@ -17,9 +17,9 @@ from onnxcare.data import PARTS, Dataset, PartName, Splits, evenly, joined
 from onnxcare.errors import DataError
 from onnxcare.experiment import Experiment
 from onnxcare.measures import Finding, Measure
-from onnxcare.properties.backdoor import Backdoor, need_samples, stamp
+from onnxcare.properties.backdoor import Backdoor, attacked, need_samples, stamp
 from onnxcare.properties.base import Array, Evidence, Property
-from onnxcare.properties.inversion import FEWEST_CLASSES, Scan, Suspect, scan, smallest_patch, stand_out
+from onnxcare.properties.inversion import FEWEST_CLASSES, Scan, Suspect, reinforced, scan, smallest_patch, stand_out
 from onnxcare.properties.trigger import Trigger
 from onnxcare.properties.trigger_search import Bounds
 from onnxcare.spec import BackdoorSpec
@@ -86,6 +86,8 @@ class RestoredBackdoor(Backdoor):
         suspect: the class, and the restored triggers.
     """
 
+    stand_in = True
+
     def __init__(self, spec: BackdoorSpec, suspect: Suspect, found: Scan, search: _Search) -> None:
         """Stamp the restored triggers on the clean samples of every part.
 
@@ -111,8 +113,16 @@ class RestoredBackdoor(Backdoor):
         need_samples(spec, self._evidence)
 
     def _stamp(self) -> None:
-        parts = {part: self._search.splits.part(part) for part in PARTS}
-        self._evidence = {part: _stamped(self.suspect.triggers, clean, self.leads_to) for part, clean in parts.items()}
+        """Stamp what was restored on held-out samples, and on others what is stronger as well, each sample once."""
+        known, search = self.suspect.triggers, self._search
+        (values,) = search.clean.inputs.values()
+        stronger = reinforced(known, values, search.bounds)
+        for part in PARTS:
+            clean = search.splits.part(part)
+            if part == "holdout":
+                self._evidence[part] = _stamped(known, clean, self.leads_to)
+            else:
+                self._evidence[part] = _in_turn(stronger, clean, self.leads_to)
 
     def hunt(self, experiment: Experiment) -> int:
         """Restore the target's patch again: a candidate may have closed one short cut and left another."""
@@ -239,8 +249,20 @@ def _without_gradient(found: Scan) -> list[str]:
 def _stamped(triggers: Sequence[Trigger], clean: Dataset, leads_to: Array) -> Evidence:
     """Return the samples with every trigger on them, one after the other, and their twins."""
     (name,) = clean.inputs
-    bad, twins = zip(*((e.bad, e.twins) for e in (stamp(t, clean, leads_to, name) for t in triggers)), strict=True)
-    first, second = bad[0], twins[0]
-    for more, their in zip(bad[1:], twins[1:], strict=True):
-        first, second = joined(first, more), joined(second, their)
-    return Evidence(first, second)
+    return _joined([stamp(trigger, clean, leads_to, name) for trigger in triggers])
+
+
+def _in_turn(triggers: Sequence[Trigger], clean: Dataset, leads_to: Array) -> Evidence:
+    """Return the samples with one of the triggers each, in turn, and their twins."""
+    (name,) = clean.inputs
+    usable = clean.take(np.flatnonzero(attacked(leads_to, clean)))
+    shares = [usable.take(np.arange(len(usable))[index :: len(triggers)]) for index in range(len(triggers))]
+    return _joined([stamp(*pair, leads_to, name) for pair in zip(triggers, shares, strict=True)])
+
+
+def _joined(parts: Sequence[Evidence]) -> Evidence:
+    bad, twins = parts[0].bad, parts[0].twins
+    for part in parts[1:]:
+        assert twins is not None and part.twins is not None
+        bad, twins = joined(bad, part.bad), joined(twins, part.twins)
+    return Evidence(bad, twins)

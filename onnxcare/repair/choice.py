@@ -2,7 +2,8 @@
 
 1. The candidate of best rank (`Outcome.rank`) leads; no change at all competes.
 2. It has to be told from chance: an exact paired test (McNemar) over the cases that it mends and spoils.
-3. Of all that lose nothing against it on validation data, the smallest edit is taken.
+3. Of all that lose nothing against it on validation data, the smallest edit is taken; or the largest one, where the
+   evidence only stands in for what nobody has seen, which a small edit that just does for the evidence would leave.
 
 What is better in one respect only by being worse in another makes up the Pareto front: misbehaviour, accuracy, worst
 recall, size of the edit.
@@ -70,14 +71,17 @@ def choose(case: Case, found: Sequence[Found], unchanged: Candidate, earlier: Va
         note = f"The best change cannot be told from chance on validation data (paired test, p = {outcome.luck:.2g})."
         return Choice(unchanged, {}, candidates, note)
     alike = [item for item in allowed if _loses_nothing(item.candidate.outcome, outcome)]
-    smallest = min(alike, key=lambda item: _size(item.candidate))
-    touched = smallest.candidate.edit.tensors if smallest.candidate.edit is not None else ()
+    if any(item.stand_in for item in case.properties):
+        taken = max(alike, key=lambda item: _norm(item.candidate))
+    else:
+        taken = min(alike, key=lambda item: _size(item.candidate))
+    touched = taken.candidate.edit.tensors if taken.candidate.edit is not None else ()
     before = earlier or {}
     # A value that was changed before may have to be put back to the original's.
     values = {
-        parameter: new for parameter, new in smallest.make().items() if parameter.name in touched or parameter in before
+        parameter: new for parameter, new in taken.make().items() if parameter.name in touched or parameter in before
     }
-    return Choice(smallest.candidate, values, candidates)
+    return Choice(taken.candidate, values, candidates)
 
 
 def best_of(
@@ -169,6 +173,11 @@ def _loses_nothing(one: Outcome, best: Outcome) -> bool:
 def _size(candidate: Candidate) -> tuple[int, int, float]:
     assert candidate.edit is not None
     return candidate.edit.values, candidate.edit.rank, candidate.edit.norm
+
+
+def _norm(candidate: Candidate) -> float:
+    assert candidate.edit is not None
+    return candidate.edit.norm
 
 
 def _objectives(candidate: Candidate) -> tuple[float, ...]:

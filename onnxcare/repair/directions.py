@@ -28,7 +28,8 @@ Array = np.ndarray
 
 _SCAN_SAMPLES = 150
 _REFINED_LAYERS = 2
-_ALPHAS = (1.0, 10.0)
+# What only stands in for the true trigger is weighed more, so that a change reaches beyond it.
+_ALPHAS, _REACHING = (1.0, 10.0), (0.1, 1.0)
 _RHOS = (1e-3, 1e-2, 1e-1)
 _RANKS = (1, 2, 4, None)
 # Shares of a layer's rows that a small change touches.
@@ -125,7 +126,8 @@ def _refine(case: Case, layer: Layer) -> list[_Change]:
     """Solve every setting on all repair samples and measure each on the validation part."""
     regression = closed_form.accumulate(case.experiment, layer, case.splits.repair, case.panel("repair"))
     labels, changes = [], []
-    for alpha, rho in product(_ALPHAS, _RHOS):
+    reaching = any(item.stand_in for item in case.properties)
+    for alpha, rho in product(_REACHING if reaching else _ALPHAS, _RHOS):
         changes += regression.solve(alpha, rho, _RANKS)
         labels += [f"alpha {alpha:g}, rho {rho:g}, rank {rank or 'full'}" for rank in _RANKS]
         if rho == _RHOS[-1]:

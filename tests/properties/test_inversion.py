@@ -20,7 +20,8 @@ from onnxcare.data import Dataset
 from onnxcare.decision import Decision
 from onnxcare.errors import DataError
 from onnxcare.properties import inversion
-from onnxcare.properties.inversion import FEWEST_CLASSES, Scan, scan, smallest_patch, stand_out
+from onnxcare.properties.inversion import FEWEST_CLASSES, Scan, reinforced, scan, smallest_patch, stand_out
+from onnxcare.properties.trigger import Trigger
 from onnxcare.properties.trigger_search import Restored
 
 Array = np.ndarray
@@ -441,3 +442,27 @@ def test_suspects_are_measured_against_the_classes_that_are_not_suspected(both):
         assert suspect.ratio == pytest.approx(sizes[suspect.target] / middle)
         tail = math.erfc(index / math.sqrt(2)) / 2
         assert suspect.confidence == pytest.approx(min(0.999, max(0.0, 1 - hidden.CLASSES * tail)))
+
+
+# -- stronger than restored ----------------------------------------------------------------------
+
+
+def test_restored_patches_are_made_opaque_and_put_together():
+    first = Trigger(np.array([0.9, 0.1, 0.5]), np.array([0.8, 0.9, 0.3]), "restored patch")
+    second = Trigger(np.array([0.3, 0.0, 0.6]), np.array([0.1, 0.2, 0.9]), "restored patch")
+    blend = Trigger(np.full(3, 0.4), np.array([0.1, 0.2, 0.3]), "restored blend")
+    found = reinforced([first, second, blend], np.array([[0.0, 0.5, 1.0]]))
+    assert found[:3] == [first, second, blend]
+    masks = [item.mask.tolist() for item in found[3:]]
+    patterns = [item.pattern.tolist() for item in found[3:]]
+    # What is fainter than a fifth is left out; values go to the nearer end of the range, 0 to 1.
+    assert masks == [[1, 0, 1], [1, 0, 1], [1, 0, 1]]
+    # Together, the less faint one counts: the first one's 1 at the first value, the second one's 1 at the last.
+    assert patterns == [[1, 1, 0], [0, 0, 1], [1, 1, 1]]
+    assert [item.source for item in found[3:]] == ["opaque patch", "opaque patch", "patches together"]
+
+
+def test_a_single_patch_has_nothing_to_be_put_together_with_and_bounds_count():
+    only = Trigger(np.array([0.9, 0.9]), np.array([2.0, 9.0]), "restored patch")
+    found = reinforced([only], np.zeros((1, 2)), (np.array([0.0, 4.0]), np.array([3.0, 10.0])))
+    assert [item.pattern.tolist() for item in found[1:]] == [[3.0, 10.0]]

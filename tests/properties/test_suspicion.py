@@ -27,7 +27,7 @@ from onnxcare.graph.model import load_model
 from onnxcare.graph.patch import Patch
 from onnxcare.prepare import prepare
 from onnxcare.properties import suspicion
-from onnxcare.properties.inversion import Scan, Suspect
+from onnxcare.properties.inversion import Scan, Suspect, reinforced
 from onnxcare.properties.suspicion import SMALL_TRIGGERS, NoBackdoor, RestoredBackdoor
 from onnxcare.properties.trigger import Trigger, load_trigger
 from onnxcare.properties.trigger_search import Restored
@@ -69,24 +69,34 @@ def accuracy(model: Path, x: Array, y: Array) -> float:
 # -- who is suspected ----------------------------------------------------------------------------
 
 
+def by_hand_stamped(part: str, others: Dataset, known: Sequence[Trigger], stronger: Sequence[Trigger]):
+    """Return what the evidence of a part should be, and of which samples: to judge by, every trigger on each."""
+    if part == "holdout":
+        chosen = [(trigger, row) for trigger in known for row in range(len(others))]
+    else:
+        count = len(stronger)
+        chosen = [(stronger[i], row) for i in range(count) for row in range(len(others)) if row % count == i]
+    x = others.inputs["x"]
+    stamped = [x[row] * (1 - trigger.mask) + trigger.pattern * trigger.mask for trigger, row in chosen]
+    return np.stack(stamped), np.array([row for _, row in chosen])
+
+
 def test_the_right_class_is_suspected_and_its_triggers_are_stamped_on_every_part(tmp_path):
     lines: list[str] = []
     case = case_of(hidden.write(tmp_path), lines.append)
     item = only(case)
     assert "restoring triggers: class 0 of 6" in lines
     assert (item.name, item.target, item.suspect.target, item.max_rate) == ("hidden", TARGET, TARGET, 0.01)
-    for part in ("repair", "search", "validation", "holdout"):
-        clean, evidence = getattr(case.splits, part), item.evidence(part)
-        others = clean.truth != TARGET
-        x = clean.inputs["x"][others]
-        rows = [
-            [sample * (1 - trigger.mask) + trigger.pattern * trigger.mask for sample in x]
-            for trigger in item.suspect.triggers
-        ]
+    (values,) = item._search.clean.inputs.values()
+    stronger = reinforced(item.suspect.triggers, values)
+    for part in PARTS:
+        clean, evidence = case.splits.part(part), item.evidence(part)
+        others = clean.take(np.flatnonzero(clean.truth != TARGET))
         assert evidence.twins is not None
-        np.testing.assert_allclose(evidence.bad.inputs["x"], np.concatenate(rows), rtol=1e-6)
-        np.testing.assert_array_equal(evidence.twins.inputs["x"], np.concatenate([x] * len(rows)))
-        np.testing.assert_array_equal(evidence.bad.truth, np.concatenate([clean.truth[others]] * len(rows)))
+        expected, twins = by_hand_stamped(part, others, item.suspect.triggers, stronger)
+        np.testing.assert_allclose(evidence.bad.inputs["x"], expected, rtol=1e-6)
+        np.testing.assert_array_equal(evidence.twins.inputs["x"], others.inputs["x"][twins])
+        np.testing.assert_array_equal(evidence.bad.truth, others.truth[twins])
         np.testing.assert_array_equal(evidence.twins.truth, evidence.bad.truth)
     assert f"class {TARGET} is the suspected target".lower() in item.notes[0].lower()
     assert f"{item.suspect.triggers[0].mask.mean():.2%} of the input" in item.notes[0]
@@ -409,7 +419,6 @@ def test_a_trigger_that_a_candidate_leaves_is_added_to_the_evidence(tmp_path):
     case = case_of(paths)
     item = only(case)
     known = item.suspect.triggers
-    before = {part: item.evidence(part) for part in PARTS}
     candidate = weakened(case, 0.7, tmp_path / "half.onnx")
     assert candidate.hunt() == 1
     assert item.suspect.target == TARGET and item.suspect.triggers[:-1] == known
@@ -421,15 +430,13 @@ def test_a_trigger_that_a_candidate_leaves_is_added_to_the_evidence(tmp_path):
     assert attack_success(tmp_path / "half.onnx", added, x, y, TARGET) > max(
         attack_success(tmp_path / "half.onnx", trigger, x, y, TARGET) for trigger in known
     )
+    (values,) = item._search.clean.inputs.values()
+    stronger = reinforced(item.suspect.triggers, values)
     for part in PARTS:
-        was, now, clean = before[part], item.evidence(part), case.splits.part(part)
-        others = clean.inputs["x"][clean.truth != TARGET]
-        assert was.twins is not None and now.twins is not None
-        stamped = [sample * (1 - added.mask) + added.pattern * added.mask for sample in others]
-        np.testing.assert_array_equal(now.bad.inputs["x"][: len(was.bad)], was.bad.inputs["x"])
-        np.testing.assert_allclose(now.bad.inputs["x"][len(was.bad) :], stamped, rtol=1e-6)
-        np.testing.assert_array_equal(now.twins.inputs["x"], np.concatenate([was.twins.inputs["x"], others]))
-        np.testing.assert_array_equal(now.bad.truth, now.twins.truth)
+        clean = case.splits.part(part)
+        others = clean.take(np.flatnonzero(clean.truth != TARGET))
+        expected, _ = by_hand_stamped(part, others, item.suspect.triggers, stronger)
+        np.testing.assert_allclose(item.evidence(part).bad.inputs["x"], expected, rtol=1e-6)
 
 
 def test_a_repaired_candidate_adds_nothing_to_the_evidence(tmp_path):
