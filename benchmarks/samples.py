@@ -1,6 +1,6 @@
 """What every method reaches on the sample models, on held-out data, for several seeds: one table, and JSON.
 
-    python benchmarks/samples.py [--seeds 1 2 3] [--kinds backdoor fairness safety errors] [--json FILE]
+    python benchmarks/samples.py [--seeds 1 2 3] [--kinds backdoor fairness safety errors] [--methods auto ...]
 
 A line is one measure with a limit, or one that belongs beside it, in the worst of the seeds; rates and changes are in
 points. Times are wall-clock, the whole command included. With --acasxu FOLDER the public collision-avoidance network
@@ -165,13 +165,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
     parser.add_argument("--kinds", nargs="+", default=["backdoor", "fairness", "safety", "errors"])
+    parser.add_argument("--methods", nargs="+", help="of those that are compared on a sample [default: all]")
     parser.add_argument("--acasxu", type=Path, metavar="FOLDER")
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     lines: list[Line] = []
     for job in jobs(arguments.acasxu):
         if job.kind in arguments.kinds:
-            for method in job.methods:
+            for method in [name for name in job.methods if name in (arguments.methods or job.methods)]:
                 for seed in arguments.seeds:
                     lines += run(job, method, seed)
     Console(width=170).print(table(lines, arguments.seeds))
