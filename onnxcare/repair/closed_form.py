@@ -69,19 +69,21 @@ class Regression:
             per_group.append([full if r is None else _project(full, vectors[:, -r:]) for r in ranks])
         return [np.stack(changes) for changes in zip(*per_group, strict=True)]
 
-    def solve_some(self, alpha: float, rho: float, rows: int) -> Array:
-        """Return the change that touches only so many rows of each group's matrix, [groups, d, o], float64.
+    def solve_some(self, alpha: float, rho: float, counts: Sequence[int]) -> list[Array]:
+        """Return, for each count, the change that touches only so many rows of each group's matrix, [groups, d, o].
 
         They are those that add most to the outputs in the unlimited change. The change is solved anew for them: cutting
         the unlimited one down to its largest values would leave most of the misbehaviour.
         """
-        found = np.zeros(self.right.shape)
+        found = [np.zeros(self.right.shape) for _ in counts]
         for group, (system, right) in enumerate(self._systems(alpha, rho)):
             full = scipy.linalg.cho_solve(scipy.linalg.cho_factor(system), right)
             power = np.diagonal(self.clean[group] + self.bad[group]) * (full**2).sum(axis=1)
-            kept = np.sort(np.argsort(-power, kind="stable")[:rows])
-            part = scipy.linalg.cho_factor(system[np.ix_(kept, kept)])
-            found[group, kept] = scipy.linalg.cho_solve(part, right[kept])
+            order = np.argsort(-power, kind="stable")
+            for change, count in zip(found, counts, strict=True):
+                kept = np.sort(order[:count])
+                part = scipy.linalg.cho_factor(system[np.ix_(kept, kept)])
+                change[group, kept] = scipy.linalg.cho_solve(part, right[kept])
         return found
 
     def _systems(self, alpha: float, rho: float) -> Iterator[tuple[Array, Array]]:

@@ -132,7 +132,7 @@ def _refine(case: Case, layer: Layer) -> list[_Change]:
         labels += [f"alpha {alpha:g}, rho {rho:g}, rank {rank or 'full'}" for rank in _RANKS]
         if rho == _RHOS[-1]:
             some = _some_rows(case, layer)
-            changes += [regression.solve_some(alpha, rho, rows) for rows in some]
+            changes += regression.solve_some(alpha, rho, some)
             labels += [f"alpha {alpha:g}, rho {rho:g}, {rows} of {layer.matrix_shape[1]} rows" for rows in some]
     outcomes = Bench(case, layer).outcomes(case.panel("validation"), changes)
     return [

@@ -85,7 +85,7 @@ def propose(case: Case) -> Proposals:
         outcome = patched_outcome(case, tuned.values, case.panel("validation"))
         label = f"all layers: {tuned.steps} steps of {width:g}"
         found.append(Found(Candidate(label, outcome), partial(dict, tuned.values)))
-        if outcome.strain <= 1:
+        if outcome.kept:
             break
     return Proposals(found)
 

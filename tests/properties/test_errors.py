@@ -274,7 +274,7 @@ def test_confidence_goes_into_the_measures(tmp_path):
 def test_errors_without_a_common_cause_are_left_as_they_are(tmp_path, seed):
     out = tmp_path / "out.onnx"
     fix = onnxcare.fix(FOUR / "model-regular.onnx", FOUR / "care-scattered.yaml", out, seed=seed, device="cpu")
-    # What is gained on some of them is not within the limits.
-    assert fix.status in ("improved", "not repaired") and fix.exit_code == 1
+    # A few of them are mended, which is better than nothing and far from the limit.
+    assert fix.status == "improved" and fix.exit_code == 1
     assert fix.output is None and contents(tmp_path) == {}
     assert any("scattered: these errors have no common cause" in note for note in fix.notes)

@@ -103,7 +103,7 @@ def test_drift_of_clean_samples_is_made_good(alpha, rho):
 def test_some_rows_are_refitted_by_themselves(rows):
     sums, clean, bad, target = random_regression(np.random.default_rng(6), groups=2)
     (full,) = sums.solve(1.0, 1e-2, [None])
-    some = sums.solve_some(1.0, 1e-2, rows)
+    (some,) = sums.solve_some(1.0, 1e-2, [rows])
     for group in range(2):
         # What a row of the change adds to the outputs, over clean and bad samples.
         added = [
@@ -128,7 +128,7 @@ def test_some_rows_are_refitted_by_themselves(rows):
 
 def test_all_rows_are_the_whole_change():
     sums, *_ = random_regression(np.random.default_rng(7), groups=2)
-    np.testing.assert_allclose(sums.solve_some(3.0, 1e-1, 7), sums.solve(3.0, 1e-1, [None])[0], atol=1e-12)
+    np.testing.assert_allclose(sums.solve_some(3.0, 1e-1, [7])[0], sums.solve(3.0, 1e-1, [None])[0], atol=1e-12)
 
 
 @pytest.mark.parametrize("folder", [SQUARE, BLEND], ids=lambda path: path.name)
