@@ -7,11 +7,12 @@ from collections.abc import Callable, Mapping
 import numpy as np
 
 from onnxcare.data import Inputs
-from onnxcare.experiment import Activations, Experiment
+from onnxcare.experiment import Experiment
 from onnxcare.graph import surgery
 from onnxcare.graph.gradients import Gradients, NoGradient, WeightGradients
 from onnxcare.graph.parameters import Parameter
 from onnxcare.runtime import Session
+from onnxcare.suffix import Activations
 
 Array = np.ndarray
 Slope = Callable[[Array], Array]  # scores [samples, classes] -> gradient of a cost with respect to them

@@ -1,7 +1,6 @@
-"""Experiments: run parts of the model on data, and whole families of interventions in one call.
+"""Experiments: run parts of the model on data.
 
-An `Experiment` owns the copy of the model that surgery works on and the sessions made from it. No session is
-made per intervention or per candidate: a family of P interventions is fed to one suffix session as arrays.
+An `Experiment` owns the copy of the model that surgery works on and the sessions made from it.
 """
 
 from __future__ import annotations
@@ -9,9 +8,9 @@ from __future__ import annotations
 import copy
 import fnmatch
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cached_property
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import onnx
@@ -25,7 +24,8 @@ from onnxcare.graph.model import Model, Signature, numpy_dtype
 from onnxcare.graph.parameters import Parameter, encode, read, tensor_at
 from onnxcare.graph.sites import Site, find_sites
 from onnxcare.graph.view import GraphView, attribute, operator
-from onnxcare.runtime import Budget, Device, Session, batches
+from onnxcare.runtime import Budget, Device, Session
+from onnxcare.suffix import Suffix
 
 Array = np.ndarray
 
@@ -33,8 +33,6 @@ Array = np.ndarray
 _TOLERANCE = 1e-4
 # Every session holds a copy of the weights it needs, so only the last few are kept.
 _KEPT = 4
-# Share of the memory that the cached activations at one cut may take.
-_CACHED = 0.25
 # So many samples tell the order of magnitude of the scores.
 _SCALED_BY = 1000
 # So many layers are named to whoever asks for one that is not there.
@@ -42,22 +40,6 @@ _NAMED = 8
 
 _Key = TypeVar("_Key")
 _Value = TypeVar("_Value")
-
-
-@dataclass(frozen=True)
-class Activations:
-    """Cached tensors at a cut: the cut tensor and those that cross it, samples on axis 0."""
-
-    base: Array
-    boundary: Mapping[str, Array]
-
-    def __len__(self) -> int:
-        """Return the number of samples."""
-        return len(self.base)
-
-    def take(self, rows: slice | Array) -> Activations:
-        """Return the activations of some of the samples."""
-        return Activations(self.base[rows], {k: v[rows] for k, v in self.boundary.items()})
 
 
 class Experiment:
@@ -266,9 +248,28 @@ class Experiment:
         feeds[start] = values.astype(kinds[start])
         return session.run(self._fed(session, feeds))[0]
 
-    def suffix(self, tensor: str, kind: str) -> Suffix:
-        """Return the suffix behind a tensor with `affine` or `span` interventions; the last few are kept."""
-        return _recent(self._suffixes, (tensor, kind), lambda: Suffix(self, tensor, kind))
+    def suffix(self, tensor: str, kind: str, reader: Layer | None = None) -> Suffix:
+        """Return the suffix behind a tensor with interventions of a kind; the last few are kept.
+
+        Args:
+            tensor: where to cut.
+            kind: `affine`, `span` or `sweep`, see `graph.surgery`.
+            reader: the layer that writes the tensor, for `sweep`.
+        """
+        return _recent(self._suffixes, (tensor, kind), lambda: self._cut(tensor, kind, reader))
+
+    def _cut(self, tensor: str, kind: str, reader: Layer | None) -> Suffix:
+        (one,) = self.tensors([tensor], self.first(1))
+        what = str(self.model.path)
+        return Suffix(self, surgery.cut(self.copy, tensor, self.logits, one.shape[1:], kind, what, reader))
+
+    def first(self, rows: int) -> Inputs:
+        """Return the inputs of the first rows of the probe."""
+        return _first(self.probe, rows)
+
+    def map(self, runner: Callable[..., Array], jobs: Sequence[tuple[Any, ...]]) -> list[Array]:
+        """Return what a runner answers to every job, in their order."""
+        return [runner(*job) for job in jobs]
 
     def sum_behind(self, layer: Layer) -> tuple[str, Array | None] | None:
         """Return the sum of this layer's output and another activation, where nothing else reads the output.
@@ -326,94 +327,6 @@ class Experiment:
         return Budget(self.memory, sum(known) + unknown).rows()
 
 
-class Suffix:
-    """The part of the graph behind a cut, run for families of interventions."""
-
-    def __init__(self, experiment: Experiment, tensor: str, kind: str) -> None:
-        """Cut the experiment's copy at `tensor`; `kind` is `affine` or `span`."""
-        what = str(experiment.model.path)
-        one = experiment.tensors([tensor], _first(experiment.probe, 1))[0]
-        cut = surgery.cut(experiment.copy, tensor, experiment.logits, one.shape[1:], kind, what)
-        self._experiment = experiment
-        self._boundary = cut.boundary
-        self._decision = experiment.decision
-        self._session = Session(cut.suffix, experiment.device, what=what)
-        self._rows = experiment.rows_of(cut.suffix)
-        self._sample_bytes = one.nbytes * (1 + len(cut.boundary))
-        self.tensor = tensor
-
-    def cache(self, inputs: Inputs) -> Activations:
-        """Run the part in front of the cut once and return what the suffix needs of it.
-
-        Raises:
-            ModelError: that takes more than its share of the memory.
-        """
-        samples = len(next(iter(inputs.values())))
-        if samples * self._sample_bytes > _CACHED * self._experiment.memory:
-            raise ModelError(
-                f"{self._experiment.model.path}: the activations of {samples} samples at {self.tensor!r} take about "
-                f"{samples * self._sample_bytes >> 20} MiB; allow four times as much with --memory, or give less data"
-            )
-        base, *boundary = self._experiment.tensors([self.tensor, *self._boundary], inputs)
-        return Activations(base, dict(zip(self._boundary, boundary, strict=True)))
-
-    def affine(self, at: Activations, keep: Array, reference: Array) -> Array:
-        """Return the scores [P, N, classes] under ``h * keep + reference * (1 - keep)``.
-
-        Args:
-            at: cached activations of N samples.
-            keep: [P, 1 or N, ...] broadcastable to the activations.
-            reference: [P or 1, 1 or N, ...] likewise.
-        """
-        dtype = at.base.dtype
-        keep, reference = keep.astype(dtype, copy=False), reference.astype(dtype, copy=False)
-
-        def feeds(family: slice, rows: slice) -> dict[str, Array]:
-            return {
-                surgery.KEEP: _part(keep, family, rows),
-                surgery.REFERENCE: _part(reference, family, rows),
-            }
-
-        return self._run(at, len(keep), feeds)
-
-    def span(self, at: Activations, coefficients: Array, directions: Array) -> Array:
-        """Return the scores [P, N, classes] under ``h + sum_k coefficients[p, k] * directions[k]``.
-
-        Args:
-            at: cached activations of N samples.
-            coefficients: [P, K].
-            directions: [K, N, ...] with the shape of the activations.
-        """
-        dtype = at.base.dtype
-        coefficients = coefficients.astype(dtype, copy=False)
-        directions = directions.astype(dtype, copy=False)
-
-        def feeds(family: slice, rows: slice) -> dict[str, Array]:
-            return {
-                surgery.COEFFICIENTS: coefficients[family],
-                surgery.DIRECTIONS: directions[:, rows].reshape(len(directions), -1),
-            }
-
-        return self._run(at, len(coefficients), feeds)
-
-    def _run(self, at: Activations, family_size: int, feeds: Callable[[slice, slice], dict[str, Array]]) -> Array:
-        samples = len(at)
-        per_run = min(samples, self._rows)
-        members = max(1, self._rows // per_run)
-        columns = []
-        for rows in batches(samples, per_run):
-            column = []
-            for family in batches(family_size, members):
-                size = (family.stop - family.start, rows.stop - rows.start)
-                run = feeds(family, rows) | {surgery.BASE: at.base[None, rows]}
-                for name, values in at.boundary.items():
-                    run |= _boundary(name, values[rows], size)
-                y = self._session.run(run)[0]
-                column.append(self._decision.scores(y.reshape(*size, *y.shape[1:])))
-            columns.append(np.concatenate(column))
-        return np.concatenate(columns, axis=1)
-
-
 def _recent(kept: dict[_Key, _Value], key: _Key, make: Callable[[], _Value]) -> _Value:
     """Return what is kept under a key, or make it and let go of what was not used for longest."""
     kept[key] = kept.pop(key) if key in kept else make()
@@ -433,20 +346,6 @@ def _itemsize(elem_type: int) -> int:
 
 def _no_samples(tensor: str) -> str:
     return f"axis 0 of {tensor!r} does not hold the samples"
-
-
-def _part(array: Array, family: slice, rows: slice) -> Array:
-    """Cut out members and samples, leaving axes of length one as they are."""
-    array = array if len(array) == 1 else array[family]
-    return array if array.shape[1] == 1 else array[:, rows]
-
-
-def _boundary(name: str, values: Array, size: tuple[int, int]) -> dict[str, Array]:
-    return {
-        surgery.boundary_input(name): values[None],
-        surgery.boundary_shape(name): np.array([*size, *values.shape[1:]], np.int64),
-        surgery.merged_shape(name): np.array([size[0] * size[1], *values.shape[1:]], np.int64),
-    }
 
 
 def judged_output(model: Model, wanted: str | None, decision: Decision) -> str:

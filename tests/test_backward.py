@@ -17,8 +17,9 @@ from onnxcare.backward import Backward, Network, input_gradients
 from onnxcare.case import Case
 from onnxcare.decision import Decision
 from onnxcare.errors import ModelError
-from onnxcare.experiment import Activations, Experiment
+from onnxcare.experiment import Experiment
 from onnxcare.graph.gradients import NoGradient
+from onnxcare.suffix import Activations
 
 Array = np.ndarray
 # Differences in float32, over kinks of ReLU and pooling: this part of the slope may be lost.

@@ -33,6 +33,11 @@ class Convolution:
     auto_pad: str
     groups: int
 
+    @property
+    def explicit(self) -> bool:
+        """Whether the padding is given by numbers."""
+        return self.auto_pad in ("NOTSET", "")
+
 
 @dataclass(frozen=True)
 class Layer:
@@ -106,6 +111,19 @@ class Layer:
             return rows
         ones = np.ones((*rows.shape[:-1], 1), rows.dtype)
         return np.concatenate([rows, ones], axis=-1)
+
+    def inside(self, size: tuple[int, ...]) -> tuple[Array, tuple[int, ...]]:
+        """Return which taps of a convolution's kernel lie inside a map of this size, and the size of its output.
+
+        Returns:
+            [positions, taps] bool, and the spatial shape of the output.
+        """
+        assert self.convolution is not None
+        conv = replace(self.convolution, groups=1)
+        rows = _patches(np.ones((1, 1, *size), bool), conv)
+        lengths = zip(size, _padding(size, conv), conv.kernel, conv.strides, conv.dilations, strict=True)
+        shape = tuple((n + sum(pad) - d * (k - 1) - 1) // stride + 1 for n, pad, k, stride, d in lengths)
+        return rows[0, 0], shape
 
     def output_rows(self, z: Array) -> Array:
         """Return the layer's output as rows, [groups, samples, positions, outputs / groups]."""
@@ -338,7 +356,7 @@ def _conv(view: GraphView, parameters: Mapping[str, Parameter], index: int) -> L
 def _padding(size: tuple[int, ...], conv: Convolution) -> list[tuple[int, int]]:
     """Return the (before, after) padding of each spatial dimension."""
     dims = len(conv.kernel)
-    if conv.auto_pad in ("NOTSET", ""):
+    if conv.explicit:
         return [(conv.pads[i], conv.pads[i + dims]) for i in range(dims)]
     if conv.auto_pad == "VALID":
         return [(0, 0)] * dims

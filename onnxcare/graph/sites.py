@@ -45,6 +45,7 @@ class Site:
         kind: `channel` or `neuron`.
         writers: names of the layers whose outputs arrive here.
         readers: the layers that read it.
+        other: what else reads it, so that its units reach the scores beside the readers; None if nothing does.
         refusal: why multipliers on its units cannot be folded into the readers; None if they can.
     """
 
@@ -54,6 +55,7 @@ class Site:
     kind: str
     writers: tuple[str, ...]
     readers: tuple[Layer, ...]
+    other: str | None = None
     refusal: str | None = None
 
 
@@ -82,18 +84,23 @@ def find_sites(view: GraphView, layers: list[Layer]) -> list[Site]:
             units.setdefault(tensor, _Units(axis, layer.inputs, kind, ()))
         readers.setdefault(tensor, []).append(layer)
     order = view.producer
-    return [
-        Site(
-            tensor=tensor,
-            axis=units[tensor].axis,
-            units=units[tensor].count,
-            kind=units[tensor].kind,
-            writers=units[tensor].writers,
-            readers=tuple(found),
-            refusal=_not_foldable(view, tensor, found),
+    sites = []
+    for tensor, found in sorted(readers.items(), key=lambda item: order[item[0]]):
+        refused = (f"layer {layer.name}: {layer.refusal}" for layer in found if layer.refusal)
+        other = _read_beside(view, tensor, found)
+        sites.append(
+            Site(
+                tensor=tensor,
+                axis=units[tensor].axis,
+                units=units[tensor].count,
+                kind=units[tensor].kind,
+                writers=units[tensor].writers,
+                readers=tuple(found),
+                other=other,
+                refusal=next(refused, other),
+            )
         )
-        for tensor, found in sorted(readers.items(), key=lambda item: order[item[0]])
-    ]
+    return sites
 
 
 def _behind_layers(view: GraphView, layers: list[Layer]) -> set[str]:
@@ -114,10 +121,8 @@ def _source(view: GraphView, tensor: str) -> str:
         tensor = view.nodes[index].input[0]
 
 
-def _not_foldable(view: GraphView, tensor: str, readers: list[Layer]) -> str | None:
-    for layer in readers:
-        if layer.refusal:
-            return f"layer {layer.name}: {layer.refusal}"
+def _read_beside(view: GraphView, tensor: str, readers: list[Layer]) -> str | None:
+    """Say what reads a tensor beside these layers, other than through steps that only move values about."""
     allowed = {layer.node for layer in readers}
     pending = [tensor]
     while pending:

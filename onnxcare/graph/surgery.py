@@ -8,10 +8,13 @@ file. A cut splits the copy at one tensor h into
 
       affine   h'[p] = h * keep[p] + reference[p] * (1 - keep[p])
       span     h'[p] = h + sum_k coefficients[p, k] * directions[k]
+      sweep    h'[u, v] = h - reader(unit[u]; weight[u]) + shift[u, v]
 
   `affine` with keep 0 is do(unit := reference), with reference 0 it is a multiplier; `span` is a change of the
-  weights of the layer that writes h, along K directions. The family is merged into the batch: row p * N + n of
-  the scores belongs to intervention p and sample n.
+  weights of the layer that writes h, along K directions. For `sweep`, h is the output of a linear layer and what it
+  reads a site: what unit u brings to h is taken out, and what it would bring under do(u := v) is put in, so that the
+  layer itself does not run again. The family is merged into the batch: row p * N + n of the scores belongs to
+  intervention p and sample n.
 """
 
 from __future__ import annotations
@@ -27,11 +30,13 @@ from onnx_graphsurgeon.logger import G_LOGGER
 
 from onnxcare.decision import Final
 from onnxcare.errors import ModelError
+from onnxcare.graph.layers import Layer
 from onnxcare.graph.model import Model
 from onnxcare.graph.view import GraphView, operator
 
 BASE, KEEP, REFERENCE = "onnxcare_base", "onnxcare_keep", "onnxcare_reference"
 COEFFICIENTS, DIRECTIONS = "onnxcare_coefficients", "onnxcare_directions"
+UNIT, WEIGHT, SHIFT = "onnxcare_unit", "onnxcare_weight", "onnxcare_shift"
 
 _OLDEST_OPSET = 8  # broadcasting from 7, Expand from 8
 
@@ -198,6 +203,7 @@ def cut(
     shape: tuple[int, ...],
     kind: str,
     what: str,
+    reader: Layer | None = None,
 ) -> Cut:
     """Cut the graph at `tensor` and insert the inputs of an intervention family.
 
@@ -206,8 +212,9 @@ def cut(
         tensor: the activation to intervene on.
         scores: the tensor to compute behind it.
         shape: shape of the tensor for one sample, without the batch axis.
-        kind: `affine` or `span`, see the module's docstring.
+        kind: `affine`, `span` or `sweep`, see the module's docstring.
         what: name of the model, for errors.
+        reader: the layer that writes the tensor, for `sweep`.
 
     Raises:
         ModelError: the scores do not depend on the tensor, or the graph cannot be cut there.
@@ -221,8 +228,12 @@ def cut(
     h = known[tensor]
     dtype = np.dtype(h.dtype) if h.dtype is not None else np.dtype(np.float32)
     h.inputs.clear()
-    insert = {"affine": _insert_affine, "span": _insert_span}[kind]
-    inputs = insert(graph, h, shape, dtype)
+    if kind == "sweep":
+        assert reader is not None
+        inputs = _insert_sweep(graph, h, shape, dtype, reader)
+    else:
+        insert = {"affine": _insert_affine, "span": _insert_span}[kind]
+        inputs = insert(graph, h, shape, dtype)
     for name in crossing:
         inputs += _expand_boundary(graph, known[name], name)
     graph.inputs = inputs
@@ -276,6 +287,37 @@ def _insert_span(graph: gs.Graph, h: gs.Variable, shape: tuple[int, ...], dtype:
     family = _node(graph, "Add", [base, change], "family", dtype)
     _merge(graph, family, h, shape)
     return [base, coefficients, directions]
+
+
+def _insert_sweep(
+    graph: gs.Graph, h: gs.Variable, shape: tuple[int, ...], dtype: np.dtype, reader: Layer
+) -> list[gs.Variable]:
+    """Base [1, N, ...], and what stands for units and values -> h [U * V * N, ...].
+
+    A product takes the features of U units, [U, 1, N, ..., m], and their weights, [U, 1, ..., m, o]; the shift is
+    [U, V, 1, ..., o]. A convolution takes the channels of one unit, [N, m, ...], and their weights [o, m, ...]; the
+    shift is [V, 1, o, ...].
+    """
+    geometry = reader.convolution
+    rank = 2 + len(shape)
+    base = _input(BASE, dtype, rank)
+    if geometry is None:
+        unit, weight, shift = (_input(name, dtype, 1 + rank) for name in (UNIT, WEIGHT, SHIFT))
+        brought = _node(graph, "MatMul", [unit, weight], "brought", dtype)
+    else:
+        unit, weight = (_input(name, dtype, 1 + len(shape)) for name in (UNIT, WEIGHT))
+        shift = _input(SHIFT, dtype, rank)
+        brought = _node(graph, "Conv", [unit, weight], "brought", dtype)
+        brought.inputs[0].attrs = {
+            "kernel_shape": list(geometry.kernel),
+            "strides": list(geometry.strides),
+            "dilations": list(geometry.dilations),
+            **({"pads": list(geometry.pads)} if geometry.explicit else {"auto_pad": geometry.auto_pad}),
+        }
+    without = _node(graph, "Sub", [base, brought], "without", dtype)
+    family = _node(graph, "Add", [without, shift], "family", dtype)
+    _merge(graph, family, h, shape)
+    return [base, unit, weight, shift]
 
 
 def _merge(graph: gs.Graph, family: gs.Variable, h: gs.Variable, shape: tuple[int, ...]) -> None:

@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
 
-from onnxcare.experiment import Activations
+from onnxcare.data import Dataset
+from onnxcare.experiment import Experiment
 from onnxcare.graph.sites import Site
+from onnxcare.runtime import batches
 
 Array = np.ndarray
-Response = Callable[[Array], Array]
+# Scores [..., rows, classes] and the samples that the rows are -> a quantity [..., cases].
+Response = Callable[[Array, Dataset], Array]
 
 # A unit whose range is below this share of the site's largest range does not move: it has no effect.
 _DEAD = 1e-6
+# At most so many scores are held at once, and activations of so many samples looked at.
+_SCORES, _ROWS = 1 << 22, 256
 
 
 @dataclass(frozen=True)
@@ -41,22 +46,34 @@ class Attribution:
         return live[np.argsort(-self.scores[live], kind="stable")]
 
 
-def spread_units(values: Array, site: Site, rank: int) -> Array:
-    """Place [P, units] values on the unit axis of [P, 1, ...] arrays with `rank` axes behind the samples."""
-    axis = site.axis if site.axis > 0 else rank + 1 + site.axis
-    shape = [1] * (rank + 2)
-    shape[0], shape[axis + 1] = values.shape
-    return values.reshape(shape)
+def by_unit(activations: Array, site: Site) -> Array:
+    """Return a site's activations as [units, samples times positions]."""
+    return np.moveaxis(activations, site.axis, 0).reshape(site.units, -1)
 
 
-def by_unit(at: Activations, site: Site) -> Array:
-    """Return the activations as [units, samples times positions]."""
-    return np.moveaxis(at.base, site.axis, 0).reshape(site.units, -1)
-
-
-def ranges(site: Site, *parts: Activations) -> tuple[Array, Array, Array]:
+def ranges(site: Site, parts: Iterable[Array]) -> tuple[Array, Array, Array]:
     """Return the smallest and largest activation of every unit over all parts, and which units are dead."""
-    low = np.min([by_unit(at, site).min(axis=1) for at in parts], axis=0)
-    high = np.max([by_unit(at, site).max(axis=1) for at in parts], axis=0)
+    low, high = np.full(site.units, np.inf), np.full(site.units, -np.inf)
+    for part in parts:
+        axes = tuple(axis for axis in range(part.ndim) if axis != site.axis % part.ndim)
+        low, high = np.minimum(low, part.min(axis=axes)), np.maximum(high, part.max(axis=axes))
     dead = high - low <= _DEAD * max(float((high - low).max()), 1e-30)
     return low, high, dead
+
+
+def activations(experiment: Experiment, site: Site, *parts: Dataset) -> Iterator[Array]:
+    """Yield a site's activations on all samples, as many at a time as a run takes."""
+    for part in parts:
+        for rows in batches(len(part), _ROWS):
+            yield experiment.tensors([site.tensor], part.take(rows).inputs)[0]
+
+
+def mean_activations(experiment: Experiment, site: Site, samples: Dataset) -> Array:
+    """Return the mean activation of every unit over samples and positions, [units]."""
+    parts = [(by_unit(part, site).mean(axis=1), len(part)) for part in activations(experiment, site, samples)]
+    return np.average([mean for mean, _ in parts], axis=0, weights=[count for _, count in parts])
+
+
+def units_together(experiment: Experiment, samples: int, values: int) -> int:
+    """Return for how many units the scores under so many values may be held at once: they are averaged as they come."""
+    return max(1, _SCORES // (samples * values * experiment.classes))

@@ -20,13 +20,11 @@ from dataclasses import dataclass
 import numpy as np
 
 from onnxcare.data import Dataset
-from onnxcare.experiment import Activations, Experiment, Suffix
+from onnxcare.experiment import Experiment
 from onnxcare.graph.sites import Site
-from onnxcare.locators.attribution import Array, Attribution, Response, ranges, spread_units
+from onnxcare.locators.attribution import Array, Attribution, Response, activations, ranges, units_together
 from onnxcare.runtime import batches
-
-# Scores are averaged as they come: at most so many interventions are held at once.
-_FAMILY = 64
+from onnxcare.sweep import Sweep
 
 
 @dataclass(frozen=True)
@@ -53,44 +51,35 @@ class CausalEffects(Attribution):
 def average_causal_effects(
     experiment: Experiment,
     site: Site,
-    clean: Dataset,
+    over: Dataset,
     bad: Dataset,
     response: Response,
     values: int = 8,
+    rows_per_case: int = 1,
 ) -> CausalEffects:
     """Return the average causal effect of every unit of a site.
 
     Args:
         experiment: the model.
         site: the site.
-        clean: well-behaved samples: the expectation is over them.
+        over: samples that the expectation is over.
         bad: samples that widen the range of values.
-        response: maps scores [..., samples, classes] to y, [..., samples].
+        response: maps scores and samples to y.
         values: how many evenly spaced values, at least 2.
+        rows_per_case: how many samples, side by side, make a case of y.
     """
-    suffix = experiment.suffix(site.tensor, "affine")
-    at = suffix.cache(clean.inputs)
-    low, high, dead = ranges(site, at, suffix.cache(bad.inputs))
+    sweep = Sweep(experiment, site)
+    low, high, dead = ranges(site, activations(experiment, site, over, bad))
     grid = np.linspace(low, high, values, axis=1)
     live = np.flatnonzero(~dead)
     expectation = np.zeros((site.units, values))
-    units, forced = np.repeat(live, values), grid[live].reshape(-1)
-    means = [_responses(suffix, at, site, units[part], forced[part], response) for part in batches(len(units), _FAMILY)]
-    if means:
-        expectation[live] = np.concatenate(means).reshape(len(live), values)
-    means_of = expectation.mean(axis=1)
-    effects = expectation - means_of[:, None]
+    for rows, held in sweep.pieces(over.inputs, rows_per_case):
+        samples = over.take(rows)
+        for part in batches(len(live), units_together(experiment, len(samples), values)):
+            units = live[part]
+            y = response(sweep.force(held, units, grid[units]), samples)
+            expectation[units] += y.sum(axis=-1) * (rows_per_case / len(over))
+    means = expectation.mean(axis=1)
+    effects = expectation - means[:, None]
     scores = effects.max(axis=1) - effects.min(axis=1)
-    return CausalEffects(site, "average causal effect", scores, dead, len(clean), effects, grid, means_of)
-
-
-def _responses(suffix: Suffix, at: Activations, site: Site, units: Array, forced: Array, response: Response) -> Array:
-    """Return the mean response under do(units[p] := forced[p]), [P]."""
-    keep = np.ones((len(units), site.units), at.base.dtype)
-    reference = np.zeros_like(keep)
-    members = np.arange(len(units))
-    keep[members, units] = 0
-    reference[members, units] = forced
-    rank = at.base.ndim - 1
-    scores = suffix.affine(at, spread_units(keep, site, rank), spread_units(reference, site, rank))
-    return response(scores).mean(axis=-1)
+    return CausalEffects(site, "average causal effect", scores, dead, len(over), effects, grid, means)

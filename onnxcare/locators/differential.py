@@ -30,15 +30,18 @@ import numpy as np
 
 from onnxcare.backward import Backward
 from onnxcare.case import Case
-from onnxcare.experiment import Activations, Experiment, Suffix
+from onnxcare.data import Dataset
+from onnxcare.experiment import Experiment
 from onnxcare.graph import surgery
 from onnxcare.graph.gradients import Gradients, NoGradient
 from onnxcare.graph.layers import Layer
 from onnxcare.graph.sites import Site
-from onnxcare.locators.attribution import Attribution, ranges, spread_units
+from onnxcare.locators.attribution import Attribution, activations, ranges
 from onnxcare.locators.pairs import Pairs
 from onnxcare.properties.base import log_softmax
 from onnxcare.runtime import batches
+from onnxcare.suffix import Activations, Suffix
+from onnxcare.sweep import spread_units
 
 Array = np.ndarray
 
@@ -174,25 +177,39 @@ class _Ablation:
         return _unchanged(self._suffix, Activations(base, crossing)).argmax(axis=-1)
 
 
-def vote_units(experiment: Experiment, site: Site, clean: Activations, pairs: Pairs) -> Attribution:
+def vote_units(experiment: Experiment, site: Site, clean: Dataset, pairs: Pairs) -> Attribution:
     """Return the votes of pairs for the units of a site, as shares of the pairs.
 
     Args:
         experiment: the model.
         site: the site.
-        clean: the activations of well-behaved samples at it, which tell with the pairs' which units are dead.
+        clean: well-behaved samples, which tell with the pairs which units are dead.
         pairs: the pairs.
     """
+    _, _, dead = ranges(site, activations(experiment, site, clean, pairs.wrong, pairs.references))
+    sizes = _unit_counts(int((~dead).sum()))
     suffix = experiment.suffix(site.tensor, "affine")
-    at, reference = suffix.cache(pairs.wrong.inputs), suffix.cache(pairs.references.inputs)
-    _, _, dead = ranges(site, clean, at, reference)
-    difference = (at.base - reference.base).astype(np.float64)
+    votes, mean = np.zeros(site.units), np.zeros(site.units)
+    for rows, at in suffix.pieces(pairs.wrong.inputs):
+        per_unit, place, count = _needed(experiment, site, suffix, at, pairs.take(rows), sizes)
+        votes += (place < count[:, None]).sum(axis=0) / len(pairs)
+        mean += (per_unit / np.maximum(per_unit.max(axis=1, keepdims=True), 1e-30)).sum(axis=0) / len(pairs)
+    # Half a vote at most, so that scores decide between equals alone.
+    scores = np.where(dead, 0.0, votes + mean / (2 * len(pairs)))
+    return Attribution(site, "differential votes", scores, dead, len(pairs))
+
+
+def _needed(
+    experiment: Experiment, site: Site, suffix: Suffix, at: Activations, pairs: Pairs, sizes: Sequence[int]
+) -> tuple[Array, Array, Array]:
+    """Return every pair's scores of the units, their places in its order, and how many of them had to go."""
+    (reference,) = experiment.tensors([site.tensor], pairs.references.inputs)
+    difference = (at.base - reference).astype(np.float64)
     weighted = difference * (_importance(experiment, site.tensor, site.axis, pairs)[0] + 0.5)
     rank = at.base.ndim - 1
     per_unit = _by_sample_and_unit(weighted, site)
     order = np.argsort(-per_unit, axis=1, kind="stable")
     place = np.argsort(order, axis=1)
-    sizes = _unit_counts(int((~dead).sum()))
     count = np.zeros(len(pairs), int)
     for size in sizes:  # one size after the other: most pairs need few
         left = np.flatnonzero(count == 0)
@@ -202,13 +219,9 @@ def vote_units(experiment: Experiment, site: Site, clean: Activations, pairs: Pa
         axis = site.axis if site.axis > 0 else rank + 1 + site.axis
         shape = [1] * (rank + 1)
         shape[0], shape[axis] = keep.shape
-        scores = suffix.affine(at.take(left), keep.reshape(1, *shape), reference.base[left][None])[0]
+        scores = suffix.affine(at.take(left), keep.reshape(1, *shape), reference[left][None])[0]
         count[left[scores.argmax(axis=-1) == pairs.right[left]]] = size
-    votes = (place < count[:, None]).mean(axis=0)
-    mean = (per_unit / np.maximum(per_unit.max(axis=1, keepdims=True), 1e-30)).mean(axis=0)
-    # Half a vote at most, so that scores decide between equals alone.
-    scores = np.where(dead, 0.0, votes + mean / (2 * len(pairs)))
-    return Attribution(site, "differential votes", scores, dead, len(pairs))
+    return per_unit, place, count
 
 
 # -- the difference ------------------------------------------------------------------------------

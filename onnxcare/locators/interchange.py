@@ -17,15 +17,26 @@ import numpy as np
 from onnxcare.data import Dataset
 from onnxcare.experiment import Experiment
 from onnxcare.graph.sites import Site
-from onnxcare.locators.attribution import Attribution, Response, by_unit, ranges, spread_units
+from onnxcare.locators.attribution import (
+    Attribution,
+    Response,
+    activations,
+    mean_activations,
+    ranges,
+    units_together,
+)
 from onnxcare.runtime import batches
-
-# Scores are averaged as they come: at most so many interventions are held at once.
-_FAMILY = 64
+from onnxcare.sweep import Sweep
 
 
 def interchange_effects(
-    experiment: Experiment, site: Site, clean: Dataset, bad: Dataset, twins: Dataset | None, margin: Response
+    experiment: Experiment,
+    site: Site,
+    clean: Dataset,
+    bad: Dataset,
+    twins: Dataset | None,
+    margin: Response,
+    rows_per_case: int = 1,
 ) -> Attribution:
     """Return the interchange effect of every unit of a site.
 
@@ -35,23 +46,24 @@ def interchange_effects(
         clean: well-behaved samples.
         bad: samples that misbehave.
         twins: the same samples without the cause, row by row, or None.
-        margin: maps scores [..., samples, classes] to m, [..., samples].
+        margin: maps scores and samples to m.
+        rows_per_case: how many samples, side by side, make a case of m.
     """
-    suffix = experiment.suffix(site.tensor, "affine")
-    at, ordinary = suffix.cache(bad.inputs), suffix.cache(clean.inputs)
-    rank = at.base.ndim - 1
-    if twins is not None:
-        reference = suffix.cache(twins.inputs).base[None]
-    else:
-        reference = spread_units(by_unit(ordinary, site).mean(axis=1)[None], site, rank)
-    _, _, dead = ranges(site, ordinary, at)
+    sweep = Sweep(experiment, site)
+    _, _, dead = ranges(site, activations(experiment, site, clean, bad))
     live = np.flatnonzero(~dead)
-    scores = np.zeros(site.units)
-    nothing = spread_units(np.ones((1, site.units), at.base.dtype), site, rank)
-    before = margin(suffix.affine(at, nothing, np.zeros_like(nothing))).mean()
-    for part in batches(len(live), _FAMILY):
-        keep = np.ones((part.stop - part.start, site.units), at.base.dtype)
-        keep[np.arange(len(keep)), live[part]] = 0
-        answers = suffix.affine(at, spread_units(keep, site, rank), reference)
-        scores[live[part]] = before - margin(answers).mean(axis=-1)
-    return Attribution(site, "interchange effect", scores, dead, len(bad))
+    means = mean_activations(experiment, site, clean) if twins is None else None
+    before = margin(experiment.scores(bad.inputs), bad).mean()
+    after = np.zeros(site.units)
+    for rows, held in sweep.pieces(bad.inputs, rows_per_case):
+        samples = bad.take(rows)
+        other = None if twins is None else sweep.hold(twins.take(rows).inputs)
+        for part in batches(len(live), units_together(experiment, len(samples), 1)):
+            units = live[part]
+            if other is not None:
+                scores = sweep.exchange(held, other, units)
+            else:
+                assert means is not None
+                scores = sweep.force(held, units, means[units, None])[:, 0]
+            after[units] += margin(scores, samples).sum(axis=-1) * (rows_per_case / len(bad))
+    return Attribution(site, "interchange effect", np.where(dead, 0.0, before - after), dead, len(bad))

@@ -51,6 +51,11 @@ class Pairs:
         """Return the number of pairs."""
         return len(self.wrong)
 
+    def take(self, rows: slice | Array) -> Pairs:
+        """Return some of the pairs."""
+        parts = (self.wrong.take(rows), self.references.take(rows), self.right[rows])
+        return Pairs(self.property, *parts, self.source)
+
 
 def find_pairs(case: Case, limit: int) -> list[Pairs]:
     """Return the pairs of every property that the repair part has evidence of; at most `limit` of each."""

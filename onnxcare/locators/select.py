@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -18,12 +17,13 @@ from onnxcare.case import Case
 from onnxcare.errors import DataError, ModelError
 from onnxcare.graph.sites import Site
 from onnxcare.locators import LOCATORS
-from onnxcare.locators.attribution import Attribution, by_unit, spread_units
+from onnxcare.locators.attribution import Attribution, mean_activations
 from onnxcare.locators.causal import average_causal_effects
 from onnxcare.locators.differential import vote_units
 from onnxcare.locators.interchange import interchange_effects
 from onnxcare.locators.pairs import Pairs, find_pairs, need_pairs
 from onnxcare.panel import Outcome, Panel
+from onnxcare.sweep import spread_units
 
 Array = np.ndarray
 
@@ -128,19 +128,17 @@ def _attribute_site(
             continue
         if "causal" in locators:
             over = item.observed(panel.clean, bad)
-            response = partial(item.response, samples=over)
-            causal = average_causal_effects(case.experiment, site, over, bad, response, values)
+            per_case = item.rows_per_case
+            causal = average_causal_effects(case.experiment, site, over, bad, item.response, values, per_case)
             add(causal)
             # CARE's released code ranks by the mean for fairness; which ranking is better, its measured effect decides.
             if item.kind == "fairness":
                 add(causal.by_mean())
         if "interchange" in locators:
-            margin = partial(item.margin, samples=bad)
-            add(interchange_effects(case.experiment, site, panel.clean, bad, twins, margin))
-    if pairs:
-        clean = case.experiment.suffix(site.tensor, "affine").cache(panel.clean.inputs)
-        for part in pairs:
-            add(vote_units(case.experiment, site, clean, part))
+            per_case = item.rows_per_case
+            add(interchange_effects(case.experiment, site, panel.clean, bad, twins, item.margin, per_case))
+    for part in pairs:
+        add(vote_units(case.experiment, site, panel.clean, part))
     return [max(parts, key=lambda part: float(part.scores.max())) for parts in found.values()]
 
 
@@ -179,14 +177,15 @@ def _select(case: Case, attribution: Attribution, most: int | None) -> Selection
 def ablate(case: Case, panel: Panel, site: Site, sets: Sequence[Array]) -> list[Outcome]:
     """Return what setting each set of units to their mean over clean samples does on a panel."""
     suffix = case.experiment.suffix(site.tensor, "affine")
-    at = suffix.cache(panel.inputs)
-    means = by_unit(at.take(panel.clean_rows), site).mean(axis=1)
-    keep = np.ones((len(sets), site.units), at.base.dtype)
+    means = mean_activations(case.experiment, site, panel.clean)
+    keep = np.ones((len(sets), site.units))
     for row, units in zip(keep, sets, strict=True):
         row[units] = 0
-    rank = at.base.ndim - 1
-    scores = suffix.affine(at, spread_units(keep, site, rank), spread_units(means[None], site, rank))
-    return panel.outcomes(scores)
+    scores = []
+    for _, at in suffix.pieces(panel.inputs):
+        rank = at.base.ndim - 1
+        scores.append(suffix.affine(at, spread_units(keep, site, rank), spread_units(means[None], site, rank)))
+    return panel.outcomes(np.concatenate(scores, axis=1))
 
 
 def _sizes(live: int) -> list[int]:

@@ -7,7 +7,6 @@ from collections.abc import Callable, Mapping, Sequence
 import numpy as np
 
 from onnxcare.case import Case
-from onnxcare.experiment import Activations, Suffix
 from onnxcare.graph.influence import trace
 from onnxcare.graph.layers import Layer
 from onnxcare.graph.parameters import Parameter
@@ -15,6 +14,7 @@ from onnxcare.panel import Outcome, Panel
 from onnxcare.properties.fairness import IndividualFairness
 from onnxcare.repair import closed_form
 from onnxcare.runtime import batches
+from onnxcare.suffix import Activations, Suffix
 
 Array = np.ndarray
 

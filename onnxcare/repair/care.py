@@ -18,15 +18,15 @@ import numpy as np
 from onnxcare import cmaes
 from onnxcare.case import Case
 from onnxcare.errors import ModelError
-from onnxcare.experiment import Activations, Experiment
 from onnxcare.graph.parameters import Parameter
 from onnxcare.graph.sites import Site
 from onnxcare.locators import LOCATORS
-from onnxcare.locators.attribution import spread_units
 from onnxcare.locators.select import attribute_sites, select_units
 from onnxcare.panel import Panel
 from onnxcare.repair.base import Candidate, Found, Repair
 from onnxcare.repair.choice import best_of
+from onnxcare.suffix import Activations
+from onnxcare.sweep import features_of, spread_units
 
 Array = np.ndarray
 
@@ -123,25 +123,10 @@ def fold(case: Case, site: Site, factors: Array) -> dict[Parameter, Array]:
     """
     changed = {}
     for layer in site.readers:
-        units = _units_read(case.experiment, site, layer.input)
-        # One row for every place at which the layer reads all its inputs: positions of a map, tokens.
-        places = units.reshape(layer.inputs, -1).T if layer.convolution else units.reshape(-1, layer.inputs)
-        if (places != places[0]).any():
+        features = features_of(case.experiment, site, layer)
+        if features is None:
             raise ModelError(f"layer {layer.name}: its inputs mix units of {site.tensor!r}, so nothing can be folded")
-        changed[layer.weight] = layer.scale_inputs(factors[places[0]], case.read(layer.weight))
+        by_feature = np.empty(layer.inputs)
+        by_feature[features] = factors[:, None]
+        changed[layer.weight] = layer.scale_inputs(by_feature, case.read(layer.weight))
     return changed
-
-
-def _units_read(experiment: Experiment, site: Site, tensor: str) -> Array:
-    """Return which unit of the site each position of a reader's input belongs to, without the batch axis.
-
-    The steps in between only move values, so sending unit numbers through them shows where each one goes.
-    """
-    shape = experiment.tensors([site.tensor], experiment.probe)[0][:1].shape
-    axis = site.axis % len(shape)
-    numbers = np.arange(site.units, dtype=np.float32)
-    numbers = numbers.reshape([-1 if i == axis else 1 for i in range(len(shape))])
-    sent = np.broadcast_to(numbers, shape)
-    if tensor == site.tensor:
-        return sent[0].astype(int)
-    return np.rint(experiment.between(site.tensor, tensor, sent)[0]).astype(int)

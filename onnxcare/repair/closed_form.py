@@ -23,10 +23,11 @@ import numpy as np
 import scipy.linalg
 
 from onnxcare.data import Dataset, Inputs
-from onnxcare.experiment import Activations, Experiment
+from onnxcare.experiment import Experiment
 from onnxcare.graph.layers import Layer
 from onnxcare.panel import Panel
 from onnxcare.runtime import batches
+from onnxcare.suffix import Activations
 
 Array = np.ndarray
 

@@ -22,12 +22,12 @@ from onnxcare.backward import Backward
 from onnxcare.case import Case
 from onnxcare.data import PartName
 from onnxcare.errors import ModelError
-from onnxcare.experiment import Activations
 from onnxcare.graph.gradients import NoGradient
 from onnxcare.graph.layers import Layer
 from onnxcare.panel import Outcome, Panel
 from onnxcare.repair.base import Candidate, Found, Proposals
 from onnxcare.repair.bench import changed, matrix_of, protected_rows, without_rows
+from onnxcare.suffix import Activations
 
 Array = np.ndarray
 

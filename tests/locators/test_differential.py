@@ -441,7 +441,7 @@ def test_the_votes_for_units_equal_a_loop_over_interventions_on_the_whole_model(
     (site,) = [site for site in case.experiment.sites if site.tensor == tensor]
     pairs = pairs_of(case, 15)
     clean = case.splits.repair
-    found = vote_units(case.experiment, site, case.experiment.suffix(tensor, "affine").cache(clean.inputs), pairs)
+    found = vote_units(case.experiment, site, clean, pairs)
     importance = [
         behind(proto, tensor, pairs.wrong.inputs["x"][row : row + 1], int(pairs.right[row]))
         for row in range(len(pairs))
@@ -463,8 +463,7 @@ def test_the_votes_for_units_in_front_of_steps_rest_on_interventions(tmp_path):
     case = case_of(proto, tmp_path)
     (site,) = case.experiment.sites
     pairs = pairs_of(case, 12)
-    at = case.experiment.suffix("h", "affine").cache(case.splits.repair.inputs)
-    found = vote_units(case.experiment, site, at, pairs)
+    found = vote_units(case.experiment, site, case.splits.repair, pairs)
     importance = []
     for row in range(len(pairs)):
         pair = one(pairs, row)
@@ -477,9 +476,8 @@ def test_the_votes_for_units_in_front_of_steps_rest_on_interventions(tmp_path):
 def test_the_carriers_of_the_backdoor_win(tiny):
     case = opened(tiny.spec)
     (site,) = case.experiment.sites
-    at = case.experiment.suffix(site.tensor, "affine").cache(case.splits.repair.inputs)
     (pairs,) = find_pairs(case, 25)
-    found = vote_units(case.experiment, site, at, pairs)
+    found = vote_units(case.experiment, site, case.splits.repair, pairs)
     assert set(found.ranking()[:3]) == set(CARRIERS)
     # They alone have to go, and they do for every pair; nothing else differs between a sample and its twin.
     others = np.setdiff1d(np.arange(site.units), CARRIERS)
@@ -495,9 +493,8 @@ def test_dead_units_get_no_score(tmp_path):
         weights[name].CopyFrom(numpy_helper.from_array(values, name))
     case = opened(write_case(tmp_path, proto).spec)
     (site,) = case.experiment.sites
-    at = case.experiment.suffix(site.tensor, "affine").cache(case.splits.repair.inputs)
     (pairs,) = find_pairs(case, 25)
-    found = vote_units(case.experiment, site, at, pairs)
+    found = vote_units(case.experiment, site, case.splits.repair, pairs)
     assert np.flatnonzero(found.dead).tolist() == [4, 13]
     assert (found.scores[[4, 13]] == 0).all()
     assert set(found.ranking()[:2]) == {12, 14}

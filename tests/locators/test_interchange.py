@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from functools import partial
-
 import numpy as np
 import pytest
 from by_hand import intervened, unit_mask
@@ -28,9 +26,7 @@ def test_effects_equal_a_loop_over_full_forward_passes(index, with_twins):
     evidence = item.evidence("repair")
     rows = slice(0, COUNT)
     clean, bad, twins = (part.take(rows) for part in (case.splits.repair, evidence.bad, evidence.twins))
-    found = interchange_effects(
-        case.experiment, site, clean, bad, twins if with_twins else None, partial(item.margin, samples=bad)
-    )
+    found = interchange_effects(case.experiment, site, clean, bad, twins if with_twins else None, item.margin)
     (reference,) = case.experiment.tensors([site.tensor], (twins if with_twins else clean).inputs)
     if not with_twins:
         axes = (0, 2, 3) if reference.ndim == 4 else (0,)

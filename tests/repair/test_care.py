@@ -10,9 +10,9 @@ from kinds import opened
 
 from onnxcare.graph.patch import Patch
 from onnxcare.locators import LOCATORS
-from onnxcare.locators.attribution import spread_units
 from onnxcare.locators.select import attribute_sites
 from onnxcare.repair import care
+from onnxcare.sweep import spread_units
 
 
 @pytest.mark.parametrize("folder", [SQUARE, BLEND], ids=lambda path: path.name)

@@ -1,0 +1,227 @@
+"""The part of a graph behind a cut, run for families of interventions.
+
+No session is made per intervention or per candidate: a family of P interventions is fed to one session as arrays, a
+block of its members at a time. What the part needs of the samples is computed once (`Activations`); where that would
+not fit into the memory allowed, piece by piece (`Suffix.pieces`). Blocks are the same on one machine and on many, so
+that results are, too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from onnxcare.data import Inputs
+from onnxcare.errors import ModelError
+from onnxcare.graph import surgery
+from onnxcare.runtime import Device, Session, batches
+
+if TYPE_CHECKING:
+    from onnxcare.experiment import Experiment
+
+Array = np.ndarray
+
+# Share of the memory that the activations cached at one cut may take.
+_CACHED = 0.25
+
+
+@dataclass(frozen=True)
+class Activations:
+    """Cached tensors at a cut: the cut tensor and those that cross it, samples on axis 0."""
+
+    base: Array
+    boundary: Mapping[str, Array]
+
+    def __len__(self) -> int:
+        """Return the number of samples."""
+        return len(self.base)
+
+    def take(self, rows: slice | Array) -> Activations:
+        """Return the activations of some of the samples."""
+        return Activations(self.base[rows], {k: v[rows] for k, v in self.boundary.items()})
+
+
+class Suffix:
+    """The part of the graph behind a cut.
+
+    Attributes:
+        tensor: where the graph is cut.
+        part: the piece of the graph.
+        rows: how many rows, samples times members of a family, one run takes.
+    """
+
+    def __init__(self, experiment: Experiment, cut: surgery.Cut) -> None:
+        """Load the part behind a cut of the experiment's copy."""
+        one = experiment.tensors([cut.tensor, *cut.boundary], experiment.first(1))
+        self._experiment = experiment
+        self._boundary = cut.boundary
+        self.part = Part(cut.suffix.SerializeToString(), experiment.device, str(experiment.model.path))
+        self._sample_bytes = sum(value.nbytes for value in one)
+        self._family: Family | None = None
+        self.tensor = cut.tensor
+        self.rows = experiment.rows_of(cut.suffix)
+
+    # -- what it needs of the samples ------------------------------------------------------------
+
+    def cache(self, inputs: Inputs) -> Activations:
+        """Run the part in front of the cut once and return what the suffix needs of it.
+
+        Raises:
+            ModelError: that takes more than its share of the memory.
+        """
+        self.need_room(inputs)
+        ((_, at),) = self.pieces(inputs)
+        return at
+
+    def need_room(self, inputs: Inputs) -> None:
+        """Make sure that the activations of so many samples fit into their share of the memory.
+
+        Raises:
+            ModelError: they do not.
+        """
+        samples = len(next(iter(inputs.values())))
+        if samples > self._fitting:
+            raise ModelError(
+                f"{self._experiment.model.path}: the activations of {samples} samples at {self.tensor!r} take about "
+                f"{samples * self._sample_bytes >> 20} MiB; allow four times as much with --memory, or give less data"
+            )
+
+    def pieces(self, inputs: Inputs, multiple: int = 1) -> Iterator[tuple[slice, Activations]]:
+        """Yield the activations of all samples, as many at a time as fit into their share of the memory.
+
+        Args:
+            inputs: the samples.
+            multiple: so many samples belong together.
+        """
+        step = max(1, self._fitting // multiple) * multiple
+        for rows in batches(len(next(iter(inputs.values()))), step):
+            base, *boundary = self._experiment.tensors(
+                [self.tensor, *self._boundary], {name: values[rows] for name, values in inputs.items()}
+            )
+            yield rows, Activations(base, dict(zip(self._boundary, boundary, strict=True)))
+
+    @property
+    def _fitting(self) -> int:
+        return int(_CACHED * self._experiment.memory) // max(1, self._sample_bytes)
+
+    # -- families --------------------------------------------------------------------------------
+
+    def affine(self, at: Activations, keep: Array, reference: Array) -> Array:
+        """Return the scores [P, N, classes] under ``h * keep + reference * (1 - keep)``.
+
+        Args:
+            at: cached activations of N samples.
+            keep: [P, 1 or N, ...] broadcastable to the activations.
+            reference: [P or 1, 1 or N, ...] likewise.
+        """
+        dtype = at.base.dtype
+        varying = {surgery.KEEP: keep.astype(dtype, copy=False)}
+        constant: dict[str, Array] = {}
+        (constant if len(reference) == 1 else varying)[surgery.REFERENCE] = reference.astype(dtype, copy=False)
+        return self._run(at, constant, varying)
+
+    def span(self, at: Activations, coefficients: Array, directions: Array) -> Array:
+        """Return the scores [P, N, classes] under ``h + sum_k coefficients[p, k] * directions[k]``.
+
+        Args:
+            at: cached activations of N samples.
+            coefficients: [P, K].
+            directions: [K, N, ...] with the shape of the activations.
+        """
+        dtype = at.base.dtype
+        constant = {surgery.DIRECTIONS: directions.astype(dtype, copy=False)}
+        return self._run(at, constant, {surgery.COEFFICIENTS: coefficients.astype(dtype, copy=False)})
+
+    def _run(self, at: Activations, constant: Mapping[str, Array], varying: Mapping[str, Array]) -> Array:
+        members = len(next(iter(varying.values())))
+        block = max(1, self.rows // min(len(at), self.rows))
+        family = self._family
+        if family is None or not family.rests_on(at, constant):
+            family = self._family = Family(self.part, at, constant, self.rows)
+        jobs = [({name: values[part] for name, values in varying.items()},) for part in batches(members, block)]
+        answers = self._experiment.map(family, jobs)
+        return self._experiment.decision.scores(np.concatenate(answers))
+
+
+class Part:
+    """A piece of a graph and the session that runs it: one of this process, opened when it is first used."""
+
+    def __init__(self, model: bytes, device: Device, what: str, threads: int | None = None) -> None:
+        """Remember what to open."""
+        self._model, self._device, self._what, self._threads = model, device, what, threads
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Elsewhere there is one worker a core.
+        return {**{name: value for name, value in vars(self).items() if name != "session"}, "_threads": 1}
+
+    @cached_property
+    def session(self) -> Session:
+        """The session."""
+        return Session(self._model, self._device, what=self._what, threads=self._threads)
+
+
+class Family:
+    """Interventions on the same samples that differ in a few arrays: a block of them is one job."""
+
+    def __init__(self, part: Part, at: Activations, constant: Mapping[str, Array], rows: int) -> None:
+        """Lay out what all members share.
+
+        Args:
+            part: the suffix.
+            at: activations of the samples.
+            constant: inputs of the suffix that are the same for all members, [1 or K, 1 or samples, ...].
+            rows: how many rows one run takes.
+        """
+        self.part, self._at, self._constant, self._rows = part, at, constant, rows
+        self._tiles: dict[int, dict[str, Any]] = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "_tiles": {}}
+
+    def rests_on(self, at: Activations, constant: Mapping[str, Array]) -> bool:
+        """Return whether these are the very arrays that it was made of."""
+        return at is self._at and all(self._constant.get(name) is values for name, values in constant.items())
+
+    def __call__(self, varying: Mapping[str, Array]) -> Array:
+        """Return the answers [members, samples, ...] of a block of members."""
+        members = len(next(iter(varying.values())))
+        found = []
+        for rows in batches(len(self._at), self._rows):
+            feeds = {name: values if values.ndim < 3 else samples_of(values, rows) for name, values in varying.items()}
+            y = self.part.session.run(self._shared(rows, members) | feeds)[0]
+            found.append(y.reshape(members, rows.stop - rows.start, *y.shape[1:]))
+        return np.concatenate(found, axis=1)
+
+    def _shared(self, rows: slice, members: int) -> dict[str, Any]:
+        """Return what a run on some samples takes beside what varies; it is laid out, or sent to the GPU, once."""
+        if rows.start not in self._tiles:
+            tile = {surgery.BASE: self._at.base[None, rows]}
+            for name, values in self._constant.items():
+                part = samples_of(values, rows)
+                tile[name] = part.reshape(len(part), -1) if name == surgery.DIRECTIONS else part
+            self._tiles[rows.start] = self.part.session.resident(tile | crossing(self._at, rows))
+        return self._tiles[rows.start] | crossing_shapes(self._at, rows, members)
+
+
+def samples_of(values: Array, rows: slice) -> Array:
+    """Return some of the samples on axis 1, leaving an axis of length one as it is."""
+    return values if values.shape[1] == 1 else values[:, rows]
+
+
+def crossing(at: Activations, rows: slice) -> dict[str, Array]:
+    """Return, as a suffix takes them, the tensors that cross the cut beside the cut one."""
+    return {surgery.boundary_input(name): values[None, rows] for name, values in at.boundary.items()}
+
+
+def crossing_shapes(at: Activations, rows: slice, members: int) -> dict[str, Array]:
+    """Return the inputs that say how far these tensors are repeated for the members of a family."""
+    shapes = {}
+    samples = rows.stop - rows.start
+    for name, values in at.boundary.items():
+        shapes[surgery.boundary_shape(name)] = np.array([members, samples, *values.shape[1:]], np.int64)
+        shapes[surgery.merged_shape(name)] = np.array([members * samples, *values.shape[1:]], np.int64)
+    return shapes
