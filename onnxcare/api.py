@@ -30,15 +30,17 @@ from onnxcare.graph.patch import (
 from onnxcare.inspection import Inspection, inspect_model
 from onnxcare.judge import Court, Witness, judge
 from onnxcare.locators import chosen
+from onnxcare.locators.attribution import Attribution, Raced
 from onnxcare.locators.differential import vote_weights
 from onnxcare.locators.pairs import need_pairs
+from onnxcare.locators.race import Rules
 from onnxcare.locators.select import attribute_sites, select_units
 from onnxcare.measures import CONFIDENCE, Gauge, Verdict
 from onnxcare.prepare import Setup, check_inputs, prepare
 from onnxcare.properties.suspicion import RestoredBackdoor
 from onnxcare.repair.base import Repair
 from onnxcare.report.picture import picture
-from onnxcare.results import Check, Fix, LayerVotes, Location, SavedTrigger, SiteScore, Status, UnitScore
+from onnxcare.results import Check, Fix, LayerVotes, Location, Race, SavedTrigger, SiteScore, Status, UnitScore
 from onnxcare.runtime import Session, few_blas_threads
 from onnxcare.spec import BackdoorSpec, Spec, load_spec
 
@@ -87,6 +89,9 @@ def locate(
     samples: int = 128,
     values: int = 8,
     method: str = "auto",
+    top: int = 10,
+    confidence: float = CONFIDENCE,
+    exact: bool = False,
     progress: Progress = _silent,
 ) -> Location:
     """Rank hidden units by how much they carry the misbehaviour.
@@ -104,30 +109,36 @@ def locate(
         values: how many evenly spaced values each unit is forced to.
         method: `causal`, `interchange` or `differential`, which also votes for the single weights of every layer;
             `auto` lets all of them compete.
+        top: how many units are looked for; only they are measured on all samples with all values.
+        confidence: the probability with which none of them is missed, as far as samples decide.
+        exact: measure all units in full, and take nothing for granted.
         progress: told in a few words what is being done.
 
     Raises:
         OnnxcareError: spec, model or data cannot be used.
     """
-    if samples < 1 or values < 2:
-        raise UsageError(f"samples {samples}, values {values}: at least 1 sample and 2 values are needed")
+    if samples < 1 or values < 2 or top < 1:
+        raise UsageError(
+            f"samples {samples}, values {values}, top {top}: at least 1 sample, 2 values and a top of 1 are needed"
+        )
+    if not 0 < confidence < 1:
+        raise UsageError(f"confidence {confidence:g}: must lie between 0 and 1")
     locators = chosen(method)
     setup = prepare(model, spec, seed, device, memory, progress)
     case = setup.case
-    attributions = attribute_sites(case, case.experiment.sites, samples, values, locators)
+    rules = None if exact else Rules(top, confidence, setup.run.seed)
+    attributions = attribute_sites(case, case.experiment.sites, samples, values, locators, rules)
     selections = select_units(case, attributions)
     # One ranking for all sites, so that its scores can be compared: the one that served best at the best site.
     locator = selections[0].locator
     by_site = {item.site.tensor: item for item in attributions if item.locator == locator}
-    units = [
-        UnitScore(item.site.tensor, int(unit), float(item.scores[unit]))
-        for item in by_site.values()
-        for unit in item.ranking()
-    ]
+    units = [unit for item in by_site.values() for unit in _unit_scores(item)]
+    raced = next((item for item in by_site.values() if isinstance(item, Raced)), None)
     return Location(
         run=setup.run,
         method=locator,
-        units=sorted(units, key=lambda unit: -unit.score),
+        units=sorted(units, key=lambda unit: (-unit.cases, -unit.score)),
+        race=None if raced is None else Race(top, confidence, raced.screened, raced.rounds),
         sites=[
             SiteScore(
                 site=item.site.tensor,
@@ -144,6 +155,16 @@ def locate(
         ],
         layers=_layer_votes(case, samples) if method == "differential" else [],
     )
+
+
+def _unit_scores(item: Attribution) -> list[UnitScore]:
+    """Return the scores of the units that were measured, strongest first."""
+    cases = item.cases if isinstance(item, Raced) else np.full(item.site.units, item.samples)
+    return [
+        UnitScore(item.site.tensor, int(unit), float(item.scores[unit]), int(cases[unit]))
+        for unit in item.ranking()
+        if cases[unit]
+    ]
 
 
 def _layer_votes(case: Case, samples: int) -> list[LayerVotes]:

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
 from onnxcare.data import Inputs
+from onnxcare.errors import ModelError
 from onnxcare.experiment import Experiment
 from onnxcare.graph import surgery
 from onnxcare.graph.gradients import Gradients, NoGradient, WeightGradients
 from onnxcare.graph.parameters import Parameter
+from onnxcare.graph.sites import Site
 from onnxcare.runtime import Session
 from onnxcare.suffix import Activations
 
@@ -164,3 +166,53 @@ def input_gradients(experiment: Experiment) -> Gradients:
 
 def _derivative_rows(allowed: int) -> int:
     return min(allowed, max(_FEWEST, min(_MOST, allowed // _PART)))
+
+
+class UnitSlopes:
+    """Derivatives of the scores by the units of sites, summed over positions."""
+
+    def __init__(self, experiment: Experiment, sites: Sequence[Site]) -> None:
+        """Write and load the derivative.
+
+        Raises:
+            NoGradient: an operator behind a site has no derivative.
+        """
+        what = str(experiment.model.path)
+        try:
+            part = surgery.probed(experiment.copy, sites, experiment.logits, what)
+        except ModelError as error:
+            raise NoGradient(str(error)) from error
+        self._experiment = experiment
+        self._sites = sites
+        self._shapes: dict[str, tuple[int, ...]] = {}
+        probe = experiment.probe
+        shapes = {name: value.shape[1:] for name, value in probe.items()}
+        for site, value in zip(sites, experiment.tensors([s.tensor for s in sites], probe), strict=True):
+            shape = tuple(site.units if axis == site.axis % value.ndim else 1 for axis in range(1, value.ndim))
+            self._shapes |= {name(site.tensor): shape for name in (surgery.push_input, surgery.stretch_input)}
+        rows = _derivative_rows(experiment.rows_of(part))
+        wanted = list(self._shapes)
+        self._gradients = Gradients(
+            part, wanted, experiment.logits, shapes | self._shapes, experiment.device, rows, what
+        )
+
+    def __call__(self, inputs: Inputs) -> tuple[Array, list[tuple[Array, Array]]]:
+        """Return the scores [samples, classes], and for every site two slopes [units, samples, classes].
+
+        The first is the derivative summed over a unit's positions, the second the same with its activation as a factor.
+        """
+        decision, samples = self._experiment.decision, len(next(iter(inputs.values())))
+        scores = self._experiment.scores(inputs)
+        dtype = next(iter(inputs.values())).dtype
+        feeds = {**inputs, **{name: np.zeros((samples, *shape), dtype) for name, shape in self._shapes.items()}}
+        by_class: list[dict[str, Array]] = []
+        for index in range(scores.shape[-1]):
+            seed = np.zeros_like(scores)
+            seed[:, index] = 1
+            found = self._gradients(feeds, decision.pull_back(seed))[1]
+            by_class.append({name: values.reshape(samples, -1).T for name, values in found.items()})
+        stacked = {name: np.stack([one[name] for one in by_class], axis=-1) for name in self._shapes}
+        return scores, [
+            (stacked[surgery.push_input(site.tensor)], stacked[surgery.stretch_input(site.tensor)])
+            for site in self._sites
+        ]

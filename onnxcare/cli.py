@@ -253,6 +253,16 @@ def check(
     help="causal: average causal effects; interchange: effects of the value without the cause; differential: votes, "
     "for single weights too; auto: what serves best.",
 )
+@click.option("--top", metavar="N", type=click.IntRange(min=1), default=10, show_default=True, help="Look for N units.")
+@click.option(
+    "--confidence",
+    metavar="P",
+    type=click.FloatRange(0, 1, min_open=True, max_open=True),
+    default=0.95,
+    show_default=True,
+    help="The probability with which none of them is missed.",
+)
+@click.option("--exact", is_flag=True, help="Measure all units on all samples with all values.")
 @click.option("--json", "as_json", is_flag=True, help="Print the whole result as JSON.")
 @_seed
 @_device
@@ -263,6 +273,9 @@ def locate(
     samples: int,
     values: int,
     method: str,
+    top: int,
+    confidence: float,
+    exact: bool,
     as_json: bool,
     seed: int | None,
     device: str,
@@ -283,6 +296,9 @@ def locate(
             samples=samples,
             values=values,
             method=method,
+            top=top,
+            confidence=confidence,
+            exact=exact,
             progress=progress,
         )
     if as_json:

@@ -38,6 +38,12 @@ class DataError(OnnxcareError):
     exit_code = 3
 
 
+class ClusterError(OnnxcareError):
+    """The workers that jobs were sent to are lost, or cannot do them."""
+
+    exit_code = 5
+
+
 def nearest(name: str, known: Iterable[str]) -> str:
     """Return `` (did you mean 'x'?)`` for the known name closest to `name`, or an empty string."""
     matches = difflib.get_close_matches(name, list(known), n=1)

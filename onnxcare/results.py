@@ -41,11 +41,36 @@ class Run:
 
 @dataclass(frozen=True)
 class UnitScore:
-    """The score of one unit."""
+    """The score of one unit.
+
+    Attributes:
+        site: the tensor.
+        unit: its index.
+        score: what it scores.
+        cases: how many cases it rests on: all, or what a race asked for before the unit dropped out.
+    """
 
     site: str
     unit: int
     score: float
+    cases: int
+
+
+@dataclass(frozen=True)
+class Race:
+    """How units raced for the top, see `locators.race`.
+
+    Attributes:
+        top: how many units were looked for.
+        confidence: the probability with which none of them is missed, as far as samples decide.
+        screened: whether units were screened by their derivatives before.
+        rounds: units and cases of every round.
+    """
+
+    top: int
+    confidence: float
+    screened: bool
+    rounds: Sequence[Mapping[str, int]]
 
 
 @dataclass(frozen=True)
@@ -105,9 +130,10 @@ class Location:
     Attributes:
         run: what it was made with.
         method: what the units are ranked by.
-        units: the live units.
+        units: the live units; those that a race left out at once are missing.
         sites: the sites.
         layers: votes for single weights, where differential localisation was asked for.
+        race: how the units raced; None where all were measured in full.
     """
 
     run: Run
@@ -115,6 +141,7 @@ class Location:
     units: Sequence[UnitScore]
     sites: Sequence[SiteScore]
     layers: Sequence[LayerVotes]
+    race: Race | None
 
 
 @dataclass(frozen=True)

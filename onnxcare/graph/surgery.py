@@ -32,6 +32,7 @@ from onnxcare.decision import Final
 from onnxcare.errors import ModelError
 from onnxcare.graph.layers import Layer
 from onnxcare.graph.model import Model
+from onnxcare.graph.sites import Site
 from onnxcare.graph.view import GraphView, operator
 
 BASE, KEEP, REFERENCE = "onnxcare_base", "onnxcare_keep", "onnxcare_reference"
@@ -261,6 +262,46 @@ def part_behind(copy: onnx.ModelProto, tensor: str, output: str, what: str) -> t
     graph.inputs = [_typed(known[name], np.dtype(np.float32)) for name in (tensor, *crossing)]
     graph.outputs = [_untyped(known[output])]
     return _export(graph, what), crossing
+
+
+def probed(copy: onnx.ModelProto, sites: Sequence[Site], scores: str, what: str) -> onnx.ModelProto:
+    """Return the part that computes the scores, with every site h replaced by ``h + h * stretch + push``.
+
+    Stretch and push are inputs of one value a unit, [N, 1 ... units ... 1], zero for the model as it is: derivatives by
+    them are those by a unit's activation, summed over its positions, with and without the activation as a factor.
+    """
+    graph = import_graph(copy, what)
+    known = graph.tensors()
+    for site in sites:
+        h = known[site.tensor]
+        dtype = np.dtype(h.dtype) if h.dtype is not None else np.dtype(np.float32)
+        readers, inner = list(h.outputs), _readers_inside(graph).get(site.tensor, [])
+        if inner:
+            raise ModelError(f"{what}: {site.tensor!r} is read inside a subgraph")
+        stretch, push = (gs.Variable(name(site.tensor), dtype=dtype) for name in (stretch_input, push_input))
+        stretched, pushed = (gs.Variable(f"{i.name}__applied", dtype=dtype) for i in (stretch, push))
+        summed = gs.Variable(f"{stretched.name}__sum", dtype=dtype)
+        for node in readers:
+            node.inputs = [pushed if item is h else item for item in node.inputs]
+        for op, pair, output in (
+            ("Mul", [h, stretch], stretched),
+            ("Add", [h, stretched], summed),
+            ("Add", [summed, push], pushed),
+        ):
+            graph.nodes.append(gs.Node(op, output.name, inputs=pair, outputs=[output]))
+        graph.inputs += [stretch, push]
+    graph.outputs = [_untyped(known[scores])]
+    return _export(graph, what)
+
+
+def stretch_input(tensor: str) -> str:
+    """Return the name of the input that stretches the units of a probed site."""
+    return f"onnxcare_stretch__{tensor}"
+
+
+def push_input(tensor: str) -> str:
+    """Return the name of the input that is added to the units of a probed site."""
+    return f"onnxcare_push__{tensor}"
 
 
 def _insert_affine(graph: gs.Graph, h: gs.Variable, shape: tuple[int, ...], dtype: np.dtype) -> list[gs.Variable]:

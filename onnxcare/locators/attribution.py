@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -46,6 +46,28 @@ class Attribution:
         return live[np.argsort(-self.scores[live], kind="stable")]
 
 
+@dataclass(frozen=True)
+class Raced(Attribution):
+    """Scores of which the top ones alone are sure.
+
+    Attributes:
+        cases: [units] how many cases each score rests on; 0 for who was screened out.
+        finalists: [units] who belongs to the top of all sites together.
+        rounds: units and cases of every round, over all sites.
+        screened: whether units were screened by their derivatives before.
+    """
+
+    cases: Array
+    finalists: Array
+    rounds: Sequence[Mapping[str, int]]
+    screened: bool
+
+    def ranking(self) -> Array:
+        """Return the live units, finalists first, strongest first."""
+        live = np.flatnonzero(~self.dead)
+        return live[np.lexsort((-self.scores[live], -self.cases[live], ~self.finalists[live]))]
+
+
 def by_unit(activations: Array, site: Site) -> Array:
     """Return a site's activations as [units, samples times positions]."""
     return np.moveaxis(activations, site.axis, 0).reshape(site.units, -1)
@@ -77,3 +99,9 @@ def mean_activations(experiment: Experiment, site: Site, samples: Dataset) -> Ar
 def units_together(experiment: Experiment, samples: int, values: int) -> int:
     """Return for how many units the scores under so many values may be held at once: they are averaged as they come."""
     return max(1, _SCORES // (samples * values * experiment.classes))
+
+
+def rows_of_cases(cases: Array, rows_per_case: int) -> Array:
+    """Return the rows of some cases, whose rows lie side by side."""
+    rows: Array = (cases[:, None] * rows_per_case + np.arange(rows_per_case)).reshape(-1)
+    return rows

@@ -15,6 +15,7 @@ wrong side, and X the bad samples. CARE's released code ranks for fairness by me
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -22,9 +23,25 @@ import numpy as np
 from onnxcare.data import Dataset
 from onnxcare.experiment import Experiment
 from onnxcare.graph.sites import Site
-from onnxcare.locators.attribution import Array, Attribution, Response, activations, ranges, units_together
+from onnxcare.locators.attribution import (
+    Array,
+    Attribution,
+    Raced,
+    Response,
+    activations,
+    ranges,
+    rows_of_cases,
+    units_together,
+)
+from onnxcare.locators.race import Rules, race
+from onnxcare.locators.screen import first_order
 from onnxcare.runtime import batches
 from onnxcare.sweep import Sweep
+
+# Derivatives are taken on so many cases.
+_SCREENED_ON = 32
+# At so many values the response is measured in a race.
+_NODES = 4
 
 
 @dataclass(frozen=True)
@@ -69,8 +86,7 @@ def average_causal_effects(
         rows_per_case: how many samples, side by side, make a case of y.
     """
     sweep = Sweep(experiment, site)
-    low, high, dead = ranges(site, activations(experiment, site, over, bad))
-    grid = np.linspace(low, high, values, axis=1)
+    grid, dead = _grid(experiment, site, over, bad, values)
     live = np.flatnonzero(~dead)
     expectation = np.zeros((site.units, values))
     for rows, held in sweep.pieces(over.inputs, rows_per_case):
@@ -83,3 +99,86 @@ def average_causal_effects(
     effects = expectation - means[:, None]
     scores = effects.max(axis=1) - effects.min(axis=1)
     return CausalEffects(site, "average causal effect", scores, dead, len(over), effects, grid, means)
+
+
+def raced_effects(
+    experiment: Experiment,
+    sites: Sequence[Site],
+    over: Dataset,
+    bad: Dataset,
+    response: Response,
+    values: int,
+    rows_per_case: int,
+    rules: Rules,
+    by_mean: bool = False,
+) -> list[Raced]:
+    """Return average causal effects of which the top ones alone are measured in full, see `locators.race`.
+
+    Args:
+        experiment: the model.
+        sites: where to look; the top is that of all of them together.
+        over: samples that the expectation is over.
+        bad: samples that widen the range of values.
+        response: maps scores and samples to y.
+        values: how many evenly spaced values, at least 2.
+        rows_per_case: how many samples, side by side, make a case of y.
+        rules: who is looked for.
+        by_mean: rank by the mean interventional expectation instead of the span of the effects.
+    """
+    laid_out = [_grid(experiment, site, over, bad, values) for site in sites]
+    grids, dead = [grid for grid, _ in laid_out], [gone for _, gone in laid_out]
+    cases = len(over) // rows_per_case
+
+    nodes, full = quadrature(values)
+
+    def measure(index: int, units: Array, chosen: Array) -> Array:
+        samples = over.take(rows_of_cases(chosen, rows_per_case))
+        sweep = Sweep(experiment, sites[index])
+        answers = np.empty((len(units), len(nodes), len(chosen)))
+        held = list(sweep.pieces(samples.inputs, rows_per_case))
+        for part in batches(len(units), units_together(experiment, len(samples), len(nodes))):
+            forced = grids[index][units[part]][:, nodes]
+            y = [response(sweep.force(piece, units[part], forced), samples.take(rows)) for rows, piece in held]
+            answers[part] = np.concatenate(y, axis=-1)
+        return answers
+
+    def effect(answers: Array) -> Array:
+        if by_mean:
+            return np.einsum("v,uvc->uc", full.mean(axis=0), answers)
+        means = answers.mean(axis=2) @ full.T
+        weights = full[means.argmax(axis=1)] - full[means.argmin(axis=1)]
+        return np.einsum("uv,uvc->uc", weights, answers)
+
+    few = over.take(rows_of_cases(np.arange(min(cases, _SCREENED_ON)), rows_per_case))
+    live = [np.flatnonzero(~gone) for gone in dead]
+    likely = None if by_mean else first_order(experiment, sites, grids, few, response)
+    finish = race(measure, effect, live, [site.units for site in sites], cases, rules, likely)
+    name = "mean interventional expectation" if by_mean else "average causal effect"
+    return [
+        Raced(site, name, scores, gone, len(over), rested, finalists, finish.rounds, finish.screened)
+        for site, gone, scores, rested, finalists in zip(
+            sites, dead, finish.scores, finish.cases, finish.finalists, strict=True
+        )
+    ]
+
+
+def quadrature(values: int) -> tuple[Array, Array]:
+    """Return a few of so many evenly spaced values, and how the response at all follows from that at these.
+
+    Between them it is taken to be a polynomial: averaged over many cases it is smooth, and mostly monotone.
+
+    Returns:
+        [nodes] indices, the ends among them, and the weights [values, nodes] of Lagrange's interpolation.
+    """
+    nodes = np.unique(np.linspace(0, values - 1, _NODES).round().astype(int))
+    full = np.ones((values, len(nodes)))
+    for column, node in enumerate(nodes):
+        for other in nodes[nodes != node]:
+            full[:, column] *= (np.arange(values) - other) / (node - other)
+    return nodes, full
+
+
+def _grid(experiment: Experiment, site: Site, over: Dataset, bad: Dataset, values: int) -> tuple[Array, Array]:
+    """Return the values that units are forced to, [units, values], and which units are dead."""
+    low, high, dead = ranges(site, activations(experiment, site, over, bad))
+    return np.linspace(low, high, values, axis=1), dead

@@ -12,19 +12,25 @@ that can move the answer; an interchange finds those that carry the misbehaviour
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+
 import numpy as np
 
 from onnxcare.data import Dataset
 from onnxcare.experiment import Experiment
 from onnxcare.graph.sites import Site
 from onnxcare.locators.attribution import (
+    Array,
     Attribution,
+    Raced,
     Response,
     activations,
     mean_activations,
     ranges,
+    rows_of_cases,
     units_together,
 )
+from onnxcare.locators.race import Rules, race
 from onnxcare.runtime import batches
 from onnxcare.sweep import Sweep
 
@@ -49,21 +55,89 @@ def interchange_effects(
         margin: maps scores and samples to m.
         rows_per_case: how many samples, side by side, make a case of m.
     """
-    sweep = Sweep(experiment, site)
-    _, _, dead = ranges(site, activations(experiment, site, clean, bad))
+    means, dead = _ordinary(experiment, site, clean, bad)
+    scores = np.zeros(site.units)
+    before = margin(experiment.scores(bad.inputs), bad)
     live = np.flatnonzero(~dead)
-    means = mean_activations(experiment, site, clean) if twins is None else None
-    before = margin(experiment.scores(bad.inputs), bad).mean()
-    after = np.zeros(site.units)
+    for units, cases, after in _exchanged(experiment, site, live, means, bad, twins, margin, rows_per_case):
+        scores[units] += (before[cases] - after).sum(axis=-1) / len(before)
+    return Attribution(site, "interchange effect", scores, dead, len(bad))
+
+
+def raced_exchanges(
+    experiment: Experiment,
+    sites: Sequence[Site],
+    clean: Dataset,
+    bad: Dataset,
+    twins: Dataset | None,
+    margin: Response,
+    rows_per_case: int,
+    rules: Rules,
+) -> list[Raced]:
+    """Return interchange effects of which the top ones alone are measured in full, see `locators.race`.
+
+    Args:
+        experiment: the model.
+        sites: where to look; the top is that of all of them together.
+        clean: well-behaved samples.
+        bad: samples that misbehave.
+        twins: the same samples without the cause, row by row, or None.
+        margin: maps scores and samples to m.
+        rows_per_case: how many samples, side by side, make a case of m.
+        rules: who is looked for.
+    """
+    ordinary = [_ordinary(experiment, site, clean, bad) for site in sites]
+    before = margin(experiment.scores(bad.inputs), bad)
+
+    def measure(index: int, units: Array, chosen: Array) -> Array:
+        rows = rows_of_cases(chosen, rows_per_case)
+        some, other = bad.take(rows), None if twins is None else twins.take(rows)
+        means = ordinary[index][0]
+        effects = np.empty((len(units), 1, len(chosen)))
+        place = np.zeros(sites[index].units, np.int64)
+        place[units] = np.arange(len(units))
+        for part, cases, after in _exchanged(
+            experiment, sites[index], units, means, some, other, margin, rows_per_case
+        ):
+            effects[place[part], 0, cases] = before[chosen[cases]] - after
+        return effects
+
+    live = [np.flatnonzero(~dead) for _, dead in ordinary]
+    counts = [site.units for site in sites]
+    finish = race(measure, lambda effects: effects[:, 0], live, counts, len(before), rules)
+    return [
+        Raced(site, "interchange effect", scores, dead, len(bad), cases, finalists, finish.rounds, finish.screened)
+        for site, (_, dead), scores, cases, finalists in zip(
+            sites, ordinary, finish.scores, finish.cases, finish.finalists, strict=True
+        )
+    ]
+
+
+def _ordinary(experiment: Experiment, site: Site, clean: Dataset, bad: Dataset) -> tuple[Array, Array]:
+    """Return the mean of every unit over clean samples, and which units are dead."""
+    _, _, dead = ranges(site, activations(experiment, site, clean, bad))
+    return mean_activations(experiment, site, clean), dead
+
+
+def _exchanged(
+    experiment: Experiment,
+    site: Site,
+    units: Array,
+    means: Array,
+    bad: Dataset,
+    twins: Dataset | None,
+    margin: Response,
+    rows_per_case: int,
+) -> Iterator[tuple[Array, slice, Array]]:
+    """Yield some of the units, some of the cases, and the margins [units, cases] without what the units carry."""
+    sweep = Sweep(experiment, site)
     for rows, held in sweep.pieces(bad.inputs, rows_per_case):
         samples = bad.take(rows)
         other = None if twins is None else sweep.hold(twins.take(rows).inputs)
-        for part in batches(len(live), units_together(experiment, len(samples), 1)):
-            units = live[part]
+        for part in batches(len(units), units_together(experiment, len(samples), 1)):
+            some = units[part]
             if other is not None:
-                scores = sweep.exchange(held, other, units)
+                scores = sweep.exchange(held, other, some)
             else:
-                assert means is not None
-                scores = sweep.force(held, units, means[units, None])[:, 0]
-            after[units] += margin(scores, samples).sum(axis=-1) * (rows_per_case / len(bad))
-    return Attribution(site, "interchange effect", np.where(dead, 0.0, before - after), dead, len(bad))
+                scores = sweep.force(held, some, means[some, None])[:, 0]
+            yield some, slice(rows.start // rows_per_case, rows.stop // rows_per_case), margin(scores, samples)

@@ -18,12 +18,13 @@ from onnxcare.errors import DataError, ModelError
 from onnxcare.graph.sites import Site
 from onnxcare.locators import LOCATORS
 from onnxcare.locators.attribution import Attribution, mean_activations
-from onnxcare.locators.causal import average_causal_effects
+from onnxcare.locators.causal import average_causal_effects, raced_effects
 from onnxcare.locators.differential import vote_units
-from onnxcare.locators.interchange import interchange_effects
-from onnxcare.locators.pairs import Pairs, find_pairs, need_pairs
+from onnxcare.locators.interchange import interchange_effects, raced_exchanges
+from onnxcare.locators.pairs import find_pairs, need_pairs
+from onnxcare.locators.race import Rules
 from onnxcare.panel import Outcome, Panel
-from onnxcare.sweep import spread_units
+from onnxcare.sweep import Sweep, spread_units
 
 Array = np.ndarray
 
@@ -79,6 +80,7 @@ def attribute_sites(
     samples: int = _SAMPLES,
     values: int = _VALUES,
     locators: Sequence[str] = LOCATORS,
+    rules: Rules | None = None,
 ) -> list[Attribution]:
     """Return the scores of every locator at every site, for the property they move most.
 
@@ -88,6 +90,7 @@ def attribute_sites(
         samples: at most so many clean and bad samples of the repair part.
         values: how many values each unit is forced to for its average causal effect.
         locators: what to rank by.
+        rules: race for these units only, instead of measuring every unit in full.
 
     Raises:
         ModelError: none of the sites can be cut open, or no unit of them ever changes.
@@ -99,47 +102,70 @@ def attribute_sites(
     pairs = []
     if "differential" in locators:
         pairs = need_pairs(case, samples) if len(locators) == 1 else find_pairs(case, samples)
-    found: list[Attribution] = []
-    failure = ModelError(f"{case.experiment.model.path}: {_NOTHING if sites else _NO_SITES}")
-    for index, site in enumerate(sites):
-        case.progress(f"effects at {site.tensor} ({index + 1} of {len(sites)})")
-        try:
-            found += _attribute_site(case, site, samples, values, locators, pairs)
-        except ModelError as error:
-            failure = error
+    usable, failure = _usable(case, sites)
+    found = _effects(case, panel, usable, values, locators, rules)
+    for index, site in enumerate(usable if pairs else ()):
+        case.progress(f"differences at {site.tensor} ({index + 1} of {len(usable)})")
+        found += [vote_units(case.experiment, site, panel.clean, part) for part in pairs]
     found = [item for item in found if not item.dead.all()]
     if not found:
         raise failure
-    return found
+    strongest: dict[tuple[str, str], Attribution] = {}
+    for item in found:
+        key = (item.site.tensor, item.locator)
+        if key not in strongest or item.scores.max() > strongest[key].scores.max():
+            strongest[key] = item
+    order = {site.tensor: number for number, site in enumerate(usable)}
+    return sorted(strongest.values(), key=lambda item: order[item.site.tensor])
 
 
-def _attribute_site(
-    case: Case, site: Site, samples: int, values: int, locators: Sequence[str], pairs: Sequence[Pairs]
+def _usable(case: Case, sites: Sequence[Site]) -> tuple[list[Site], ModelError]:
+    """Return the sites that can be cut open, and what to say where nothing is found at them."""
+    usable = []
+    failure = ModelError(f"{case.experiment.model.path}: {_NOTHING if sites else _NO_SITES}")
+    for site in sites:
+        try:
+            Sweep(case.experiment, site)
+        except ModelError as error:
+            failure = error
+        else:
+            usable.append(site)
+    return usable, failure
+
+
+def _effects(
+    case: Case, panel: Panel, sites: Sequence[Site], values: int, locators: Sequence[str], rules: Rules | None
 ) -> list[Attribution]:
-    panel = case.panel("repair", samples)
-    found: dict[str, list[Attribution]] = {}
-
-    def add(attribution: Attribution) -> None:
-        found.setdefault(attribution.locator, []).append(attribution)
-
+    """Return the effects that every property's evidence shows at every site."""
+    experiment = case.experiment
+    found: list[Attribution] = []
     for item, evidence in zip(case.properties, panel.evidence, strict=True):
-        bad, twins = evidence.bad, evidence.twins
+        bad, twins, per_case = evidence.bad, evidence.twins, item.rows_per_case
         if not len(bad):
             continue
-        if "causal" in locators:
-            over = item.observed(panel.clean, bad)
-            per_case = item.rows_per_case
-            causal = average_causal_effects(case.experiment, site, over, bad, item.response, values, per_case)
-            add(causal)
-            # CARE's released code ranks by the mean for fairness; which ranking is better, its measured effect decides.
-            if item.kind == "fairness":
-                add(causal.by_mean())
-        if "interchange" in locators:
-            per_case = item.rows_per_case
-            add(interchange_effects(case.experiment, site, panel.clean, bad, twins, item.margin, per_case))
-    for part in pairs:
-        add(vote_units(case.experiment, site, panel.clean, part))
-    return [max(parts, key=lambda part: float(part.scores.max())) for parts in found.values()]
+        over = item.observed(panel.clean, bad)
+        # CARE's released code ranks by the mean for fairness; which ranking is better, its measured effect decides.
+        by_mean = item.kind == "fairness"
+        if rules is not None:
+            case.progress(f"racing the units of {len(sites)} sites")
+            if "causal" in locators:
+                for mean in (False, True) if by_mean else (False,):
+                    found += raced_effects(
+                        experiment, sites, over, bad, item.response, values, per_case, rules, by_mean=mean
+                    )
+            if "interchange" in locators:
+                found += raced_exchanges(experiment, sites, panel.clean, bad, twins, item.margin, per_case, rules)
+            continue
+        for index, site in enumerate(sites):
+            case.progress(f"effects at {site.tensor} ({index + 1} of {len(sites)})")
+            if "causal" in locators:
+                causal = average_causal_effects(experiment, site, over, bad, item.response, values, per_case)
+                found.append(causal)
+                if by_mean:
+                    found.append(causal.by_mean())
+            if "interchange" in locators:
+                found.append(interchange_effects(experiment, site, panel.clean, bad, twins, item.margin, per_case))
+    return found
 
 
 def select_units(case: Case, attributions: Sequence[Attribution], most: int | None = None) -> list[Selection]:

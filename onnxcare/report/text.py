@@ -12,7 +12,7 @@ from onnxcare.inspection import Inspection
 from onnxcare.measures import Finding, Measure, Rate, Verdict
 from onnxcare.properties.backdoor import CONFUSION
 from onnxcare.repair.base import Candidate
-from onnxcare.results import Check, Fix, Location
+from onnxcare.results import Check, Fix, Location, Race
 
 _SHOWN = 20
 _FRONT = 8
@@ -209,14 +209,25 @@ def show_location(location: Location, console: Console) -> None:
     units.add_column("site", overflow="fold")
     units.add_column("unit", justify="right")
     units.add_column("effect", justify="right")
+    units.add_column("cases", justify="right")
     for unit in location.units[:_SHOWN]:
-        units.add_row(escape(unit.site), str(unit.unit), f"{unit.score:.4f}")
+        units.add_row(escape(unit.site), str(unit.unit), f"{unit.score:.4f}", f"{unit.cases:,}")
     console.print(units)
+    if location.race is not None:
+        _show_race(location.race, console)
     rest = len(location.units) - _SHOWN
     if rest > 0:
         console.print(f"and {rest} more; --json lists all")
     if location.layers:
         _show_layers(location, console)
+
+
+def _show_race(race: Race, console: Console) -> None:
+    rounds = ", ".join(f"{item['units']} on {item['cases']}" for item in race.rounds)
+    console.print(
+        f"Raced for the top {race.top} at {race.confidence:.4g} confidence (units on cases: {rounds}); "
+        "--exact measures every unit on all of them."
+    )
 
 
 def _show_layers(location: Location, console: Console) -> None:

@@ -1,0 +1,84 @@
+"""First-order estimates where they are exact, and where there are none."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from graph.models import SUBJECTS, random
+from graph.operating import dense_subject, operate
+
+from onnxcare.data import Dataset
+from onnxcare.locators.causal import average_causal_effects
+from onnxcare.locators.screen import first_order
+from onnxcare.properties.base import log_softmax
+
+CONV = """g (float[N, 2, 6, 5] x) => (float[N, 3] y) {
+    a = Conv <pads = [1, 1, 1, 1]> (x, K)
+    h = Relu (a)
+    b = Conv <strides = [2, 1]> (h, L)
+    m = GlobalAveragePool (b)
+    f = Flatten (m)
+    y = MatMul (f, V)
+}"""
+
+
+def response(scores: np.ndarray, samples: Dataset) -> np.ndarray:
+    return np.exp(log_softmax(scores))[..., 1]
+
+
+def assert_exact(experiment, sites, x) -> None:
+    data = Dataset(x, None)
+    full = [average_causal_effects(experiment, site, data, data, response, 5) for site in sites]
+    found = first_order(experiment, sites, [item.values for item in full], data, response)
+    assert found is not None
+    for one, other in zip(found, full, strict=True):
+        live = ~other.dead
+        assert live.any()
+        np.testing.assert_allclose(one[live], other.scores[live], rtol=1e-4, atol=1e-6)
+
+
+def test_it_is_exact_where_everything_behind_a_unit_is_linear(tmp_path: Path) -> None:
+    """The response may bend: only the scores are taken to be linear."""
+    subject = SUBJECTS["mlp"]()
+    experiment = operate(subject, tmp_path)
+    assert_exact(experiment, experiment.sites[-1:], subject.samples(12))
+
+
+def test_it_sums_over_the_positions_of_a_channel(tmp_path: Path) -> None:
+    from graph.models import build, save
+
+    from onnxcare.experiment import Experiment
+
+    weights = {"K": random(4, 2, 3, 3), "L": random(5, 4, 3, 3, seed=2), "V": random(5, 3, seed=3)}
+    x = {"x": random(9, 2, 6, 5, seed=4)}
+    experiment = Experiment(save(build(CONV, weights), tmp_path), "cpu", 1 << 30, x)
+    (first,) = [site for site in experiment.sites if site.tensor == "h"]
+    assert_exact(experiment, [first], x)
+
+
+@pytest.mark.parametrize("name", SUBJECTS)
+def test_it_takes_all_sites_at_once(name: str, tmp_path: Path) -> None:
+    subject = SUBJECTS[name]()
+    experiment = operate(subject, tmp_path)
+    sites = experiment.sites
+    data = Dataset(subject.samples(6), None)
+    grids = [random(site.units, 3, seed=7) for site in sites]
+    found = first_order(experiment, sites, grids, data, response)
+    if found is None:
+        pytest.skip("the scores have no derivative")
+    alone = [first_order(experiment, [site], [grid], data, response) for site, grid in zip(sites, grids, strict=True)]
+    for site, one, (other,) in zip(sites, found, alone, strict=True):
+        assert one.shape == (site.units,)
+        np.testing.assert_allclose(one, other, rtol=1e-3, atol=1e-5)
+
+
+def test_without_a_derivative_nothing_is_said(tmp_path: Path) -> None:
+    weights = {"W1": random(6, 8), "V": random(8, 4)}
+    subject = dense_subject("z = MatMul (x, W1) h = Sign (z) s = Sign (h) y = MatMul (s, V)", weights)
+    experiment = operate(subject, tmp_path)
+    data = Dataset(subject.samples(6), None)
+    sites = experiment.sites
+    found = first_order(experiment, sites, [random(site.units, 3) for site in sites], data, response)
+    assert found is None or not np.concatenate(found).any()
