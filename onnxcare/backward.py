@@ -109,7 +109,7 @@ class Network:
         else:
             part, _ = surgery.part_behind(experiment.copy, tensor, experiment.logits, what)
         held = {item.name for item in part.graph.initializer}
-        self.layers = [item for item in experiment.layers if item.refusal is None and item.weight.name in held]
+        self.layers = [layer for layer in experiment.open_layers if layer.weight.name in held]
         if not self.layers:
             raise NoGradient("no layer can be rewritten")
         known = (parameter for layer in self.layers for parameter in (layer.weight, layer.bias))

@@ -129,6 +129,7 @@ class Experiment:
                 )
         allowed = set().union(*fitting.values())
         other = copy.copy(self)
+        vars(other).pop("multiply_adds", None)
         other.layers = [
             layer if layer.refusal or layer.name in allowed else replace(layer, refusal="--layers leaves it out")
             for layer in self.layers
@@ -204,6 +205,18 @@ class Experiment:
             values = session.run(self._fed(session, few))
             found |= {name for name, value in zip(names, values, strict=True) if value.shape[:1] != (size,)}
         return found
+
+    @property
+    def open_layers(self) -> list[Layer]:
+        """The layers that may be rewritten, in graph order."""
+        return [layer for layer in self.layers if layer.refusal is None]
+
+    @cached_property
+    def multiply_adds(self) -> int:
+        """How many of them the layers that may be rewritten take for one sample."""
+        layers = self.open_layers
+        outputs = self.tensors([layer.output for layer in layers], self.probe)
+        return max(1, sum(layer.features * values[0].size for layer, values in zip(layers, outputs, strict=True)))
 
     # -- running ---------------------------------------------------------------------------------
 

@@ -39,9 +39,9 @@ from onnxcare.runtime import batches
 from onnxcare.sweep import Sweep
 
 # Derivatives are taken on so many cases.
-_SCREENED_ON = 32
+_SCREENED_ON = 16
 # At so many values the response is measured in a race.
-_NODES = 4
+_NODES = 3
 
 
 @dataclass(frozen=True)

@@ -28,7 +28,7 @@ _CASES = 8
 # Of those that are not likely, this share is drawn, but no fewer than so many.
 _DRAWN, _FEWEST_DRAWN = 0.05, 16
 # As many times the top as these are likely, or this share of all.
-_LIKELY, _LIKELY_SHARE = 4, 0.1
+_LIKELY, _LIKELY_SHARE = 4, 0.35
 
 
 @dataclass(frozen=True)
@@ -89,7 +89,8 @@ def race(
         units: how many units every site has.
         cases: how many cases there are.
         rules: who is looked for.
-        likely: [units] of every site, a first estimate of the scores; None where nothing is known.
+        likely: [units] of every site, a first estimate of the scores, infinite for units of which nothing is known;
+            None where nothing is known of any.
     """
     random = np.random.default_rng(rules.seed)
     track = _Track(measure, effect, units, random.permutation(cases), rules)
@@ -108,10 +109,12 @@ def _start(
     everyone: Array, likely: Sequence[Array] | None, top: int, random: np.random.Generator
 ) -> tuple[Array, Array]:
     """Return who takes part in the first round, and who of them only stands for those that do not."""
-    count = max(_LIKELY * top, round(_LIKELY_SHARE * len(everyone)))
-    if likely is None or count >= len(everyone):
+    if likely is None:
         return everyone, everyone[:0]
     first = np.array([likely[site][unit] for site, unit in everyone])
+    count = int(np.isposinf(first).sum()) + max(_LIKELY * top, round(_LIKELY_SHARE * len(everyone)))
+    if count >= len(everyone):
+        return everyone, everyone[:0]
     ranked = np.argsort(-first, kind="stable")
     rest = ranked[count:]
     chance = random.choice(rest, min(len(rest), max(_FEWEST_DRAWN, round(_DRAWN * len(rest)))), replace=False)

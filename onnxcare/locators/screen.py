@@ -14,6 +14,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
+
 from onnxcare.backward import UnitSlopes
 from onnxcare.data import Dataset
 from onnxcare.experiment import Experiment
@@ -38,7 +40,8 @@ def first_order(
         response: maps scores and samples to a quantity of every case.
 
     Returns:
-        [units] of every site; None where the scores have no derivative, or too many classes.
+        [units] of every site, infinite for units whose derivative is zero everywhere, of which it says nothing (Sign,
+        saturation); None where the scores have no derivative, or too many classes.
     """
     if experiment.classes > _MOST_CLASSES:
         return None
@@ -52,5 +55,6 @@ def first_order(
         # [values, units, samples, classes]
         moved = scores + grid.T[:, :, None, None] * push - stretch
         mean = response(moved, over).mean(axis=-1)
-        found.append(mean.max(axis=0) - mean.min(axis=0))
+        silent = ~push.any(axis=(1, 2)) & ~stretch.any(axis=(1, 2))
+        found.append(np.where(silent, np.inf, mean.max(axis=0) - mean.min(axis=0)))
     return found

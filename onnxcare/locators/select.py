@@ -30,6 +30,8 @@ Array = np.ndarray
 
 _SAMPLES = 128
 _VALUES = 8
+# Multiply-adds of full forward passes that the full table stands for: a few seconds on two cores, with what is saved.
+_NO_RACE = 1e12
 _NOTHING = "all hidden units are constant over the data"
 _NO_SITES = "it has no hidden layer in front of a Gemm, MatMul or Conv"
 
@@ -90,7 +92,7 @@ def attribute_sites(
         samples: at most so many clean and bad samples of the repair part.
         values: how many values each unit is forced to for its average causal effect.
         locators: what to rank by.
-        rules: race for these units only, instead of measuring every unit in full.
+        rules: race for these units only, instead of measuring every unit in full, where that would take long.
 
     Raises:
         ModelError: none of the sites can be cut open, or no unit of them ever changes.
@@ -103,6 +105,9 @@ def attribute_sites(
     if "differential" in locators:
         pairs = need_pairs(case, samples) if len(locators) == 1 else find_pairs(case, samples)
     usable, failure = _usable(case, sites)
+    work = sum(site.units for site in usable) * values * len(panel.clean) * case.experiment.multiply_adds
+    if work <= _NO_RACE:
+        rules = None
     found = _effects(case, panel, usable, values, locators, rules)
     for index, site in enumerate(usable if pairs else ()):
         case.progress(f"differences at {site.tensor} ({index + 1} of {len(usable)})")

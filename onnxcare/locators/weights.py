@@ -62,7 +62,7 @@ def rank_weights(case: Case, locators: Sequence[str]) -> tuple[list[WeightRankin
         DataError: no sample misbehaves and has a reference that does not.
         ModelError: no layer could be ranked.
     """
-    layers = [layer for layer in case.experiment.layers if layer.refusal is None]
+    layers = case.experiment.open_layers
     rankings: list[WeightRanking] = []
     votes: list[WeightVotes] = []
     skipped: dict[str, str] = {}

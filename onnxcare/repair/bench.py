@@ -107,10 +107,3 @@ def protected_rows(case: Case) -> dict[str, Array]:
 def patched_outcome(case: Case, values: Mapping[Parameter, Array], panel: Panel) -> Outcome:
     """Return what new values of any parameters do on a panel."""
     return panel.outcomes(case.experiment.patched(values).scores(panel.inputs)[None])[0]
-
-
-def multiply_adds(case: Case) -> int:
-    """Return how many of them the layers of the network take for one sample."""
-    layers = [layer for layer in case.experiment.layers if layer.refusal is None]
-    outputs = case.experiment.tensors([layer.output for layer in layers], case.experiment.probe)
-    return max(1, sum(layer.features * values[0].size for layer, values in zip(layers, outputs, strict=True)))

@@ -137,5 +137,5 @@ def cascades(
 
 def _layers(case: Case) -> list[Layer]:
     """Return the layers that can be changed, in graph order."""
-    fitting = [layer for layer in case.experiment.layers if layer.refusal is None]
+    fitting = case.experiment.open_layers
     return [layer for layer in fitting if closed_form.memory_needed(layer) <= case.experiment.memory]

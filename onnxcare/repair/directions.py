@@ -22,7 +22,7 @@ from onnxcare.graph.layers import Layer
 from onnxcare.panel import Outcome
 from onnxcare.repair import closed_form
 from onnxcare.repair.base import Candidate, Found, Proposals
-from onnxcare.repair.bench import Bench, changed, multiply_adds
+from onnxcare.repair.bench import Bench, changed
 
 Array = np.ndarray
 
@@ -58,7 +58,7 @@ def propose(case: Case) -> Proposals:
     Raises:
         ModelError: no layer could be cut open.
     """
-    layers = [layer for layer in case.experiment.layers if layer.refusal is None]
+    layers = case.experiment.open_layers
     scan, skipped = _scan(case, layers)
     found = _refine_best(case, [layer for layer, _ in scan], skipped)
     evaluations = 0
@@ -160,7 +160,7 @@ def _search(case: Case, best: _Change, of_layer: list[_Change]) -> tuple[list[_C
         return panel.costs(bench.scores(panel, coefficients, directions))
 
     rows = len(next(iter(panel.inputs.values())))
-    generations = int(_SEARCH_WORK / (multiply_adds(case) * rows * _PER_GENERATION))
+    generations = int(_SEARCH_WORK / (case.experiment.multiply_adds * rows * _PER_GENERATION))
     generations = max(1, min(_GENERATIONS, generations))
     runs = {
         "closed form": cmaes.minimise(costs, closed, sigma=0.2, seed=case.seed, generations=generations),

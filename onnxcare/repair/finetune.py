@@ -109,7 +109,7 @@ def propose(case: Case) -> Proposals:
     Raises:
         ModelError: no layer has a derivative behind it.
     """
-    layers = [layer for layer in case.experiment.layers if layer.refusal is None]
+    layers = case.experiment.open_layers
     holds = {name: without_rows(rows) for name, rows in protected_rows(case).items()}
     scan: list[Tuned] = []
     skipped: dict[str, str] = {}

@@ -30,7 +30,7 @@ from onnxcare.graph.parameters import Parameter
 from onnxcare.panel import Panel
 from onnxcare.properties.base import log_softmax
 from onnxcare.repair.base import Candidate, Found, Proposals, Repair, Values
-from onnxcare.repair.bench import multiply_adds, patched_outcome, protected_rows
+from onnxcare.repair.bench import patched_outcome, protected_rows
 from onnxcare.repair.choice import best_of
 
 Array = np.ndarray
@@ -67,7 +67,7 @@ class Tuned:
 
 def applies(case: Case) -> bool:
     """Return whether there is evidence whose loss can be followed, and more than one layer to change."""
-    layers = [layer for layer in case.experiment.layers if layer.refusal is None]
+    layers = case.experiment.open_layers
     return len(layers) > 1 and any(len(item.evidence("repair").bad) for item in case.properties)
 
 
@@ -77,7 +77,7 @@ def propose(case: Case) -> Proposals:
     Raises:
         ModelError: no layer has a derivative behind it.
     """
-    steps = max(_EVERY, min(_STEPS, int(_WORK / (_BATCH * multiply_adds(case)))))
+    steps = max(_EVERY, min(_STEPS, int(_WORK / (_BATCH * case.experiment.multiply_adds))))
     found = []
     for width in _WIDTHS:
         case.progress("fine-tuning all layers")
@@ -193,7 +193,7 @@ def retrained(
 
 def epochs_within(case: Case) -> int:
     """Return how many epochs `fine_tuned` may have: as many as are usual here, or fewer where the network is large."""
-    return max(1, min(_EPOCHS, int(_CLEAN_WORK / (multiply_adds(case) * len(case.splits.repair)))))
+    return max(1, min(_EPOCHS, int(_CLEAN_WORK / (case.experiment.multiply_adds * len(case.splits.repair)))))
 
 
 def fine_tuned(
@@ -252,7 +252,7 @@ def _network(case: Case) -> Network:
     Raises:
         ModelError: no layer has a derivative behind it.
     """
-    layers = [layer for layer in case.experiment.layers if layer.refusal is None]
+    layers = case.experiment.open_layers
     why = "it has no layer that can be rewritten"
     for tensor in dict.fromkeys([None, *(layer.input for layer in layers)]):
         try:

@@ -6,10 +6,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from graph.models import SUBJECTS, random
+from graph.models import SUBJECTS, build, random, save
 from graph.operating import dense_subject, operate
 
 from onnxcare.data import Dataset
+from onnxcare.experiment import Experiment
 from onnxcare.locators.causal import average_causal_effects
 from onnxcare.locators.screen import first_order
 from onnxcare.properties.base import log_softmax
@@ -47,10 +48,6 @@ def test_it_is_exact_where_everything_behind_a_unit_is_linear(tmp_path: Path) ->
 
 
 def test_it_sums_over_the_positions_of_a_channel(tmp_path: Path) -> None:
-    from graph.models import build, save
-
-    from onnxcare.experiment import Experiment
-
     weights = {"K": random(4, 2, 3, 3), "L": random(5, 4, 3, 3, seed=2), "V": random(5, 3, seed=3)}
     x = {"x": random(9, 2, 6, 5, seed=4)}
     experiment = Experiment(save(build(CONV, weights), tmp_path), "cpu", 1 << 30, x)
@@ -74,11 +71,23 @@ def test_it_takes_all_sites_at_once(name: str, tmp_path: Path) -> None:
         np.testing.assert_allclose(one, other, rtol=1e-3, atol=1e-5)
 
 
-def test_without_a_derivative_nothing_is_said(tmp_path: Path) -> None:
-    weights = {"W1": random(6, 8), "V": random(8, 4)}
-    subject = dense_subject("z = MatMul (x, W1) h = Sign (z) s = Sign (h) y = MatMul (s, V)", weights)
+def test_a_derivative_of_zero_says_nothing(tmp_path: Path) -> None:
+    weights = {"W1": random(6, 8), "W2": random(8, 5), "V": random(5, 4)}
+    text = "z = MatMul (x, W1) h = Relu (z) a = MatMul (h, W2) s = Sign (a) y = MatMul (s, V)"
+    subject = dense_subject(text, weights)
     experiment = operate(subject, tmp_path)
     data = Dataset(subject.samples(6), None)
-    sites = experiment.sites
-    found = first_order(experiment, sites, [random(site.units, 3) for site in sites], data, response)
-    assert found is None or not np.concatenate(found).any()
+    found = first_order(
+        experiment, experiment.sites, [random(site.units, 3) for site in experiment.sites], data, response
+    )
+    if found is not None:
+        hidden, behind = found
+        assert np.isposinf(hidden).all() and np.isfinite(behind).all() and behind.any()
+
+
+def test_too_many_classes_are_not_screened(tmp_path: Path) -> None:
+    subject = dense_subject("h = MatMul (x, W1) y = MatMul (h, V)", {"W1": random(6, 8), "V": random(8, 33)})
+    experiment = operate(subject, tmp_path)
+    assert (
+        first_order(experiment, experiment.sites, [random(8, 3)], Dataset(subject.samples(6), None), response) is None
+    )

@@ -14,7 +14,7 @@ from onnxcare.case import Case
 from onnxcare.data import Dataset
 from onnxcare.graph.layers import Layer
 from onnxcare.graph.patch import Patch
-from onnxcare.repair.bench import Bench, changed, matrix_of, multiply_adds, patched_outcome
+from onnxcare.repair.bench import Bench, changed, matrix_of, patched_outcome
 
 Array = np.ndarray
 
@@ -117,7 +117,7 @@ def test_panels_are_not_mixed_up(tmp_path):
 )
 def test_multiply_adds_are_counted_for_one_sample(tmp_path, name, count):
     case, _ = case_of(name, tmp_path)
-    assert multiply_adds(case) == count
+    assert case.experiment.multiply_adds == count
 
 
 def test_a_threshold_is_read_like_any_decision(tmp_path):

@@ -355,15 +355,15 @@ def test_cascades_are_for_several_layers_and_for_evidence_that_can_be_transplant
     assert cascade.applies(planted)
     other = SimpleNamespace(transplantable=False)
     layers = planted.experiment.layers
-    table = SimpleNamespace(layers=layers, memory=1 << 30)
+    table = SimpleNamespace(open_layers=layers, memory=1 << 30)
     assert not cascade.applies(SimpleNamespace(properties=[other], experiment=table))
     assert cascade.applies(SimpleNamespace(properties=[other, *planted.properties], experiment=table))
-    one = SimpleNamespace(layers=layers[:1], memory=1 << 30)
+    one = SimpleNamespace(open_layers=layers[:1], memory=1 << 30)
     assert not cascade.applies(SimpleNamespace(properties=planted.properties, experiment=one))
     # The same where all but one are refused, or are too large for the memory.
     refused = planted.experiment.only(["first"])
     assert not cascade.applies(SimpleNamespace(properties=planted.properties, experiment=refused))
     sizes = [closed_form.memory_needed(layer) for layer in layers]
     assert sizes[0] < sizes[1] == sizes[2]
-    little = SimpleNamespace(layers=layers, memory=sizes[0])
+    little = SimpleNamespace(open_layers=layers, memory=sizes[0])
     assert not cascade.applies(SimpleNamespace(properties=planted.properties, experiment=little))

@@ -17,7 +17,6 @@ from onnxcare.graph.patch import Patch
 from onnxcare.panel import Outcome
 from onnxcare.repair import directions
 from onnxcare.repair.base import Found, Proposals
-from onnxcare.repair.bench import multiply_adds
 
 
 @functools.cache
@@ -94,7 +93,11 @@ def test_a_larger_network_gets_fewer_generations(monkeypatch):
     layer = next(layer for layer in case.experiment.layers if layer.name == "/dense1/Gemm")
     shape = layer.matrix_shape
     closed = directions._Change(layer, 0.01 * np.random.default_rng(1).normal(size=shape), change.candidate)
-    work = multiply_adds(case) * len(next(iter(case.panel("search").inputs.values()))) * directions._PER_GENERATION
+    work = (
+        case.experiment.multiply_adds
+        * len(next(iter(case.panel("search").inputs.values())))
+        * directions._PER_GENERATION
+    )
     for wanted, allowed in ((60, 1e3), (60, 60.5), (7, 7.5), (1, 0.1)):
         monkeypatch.setattr(directions, "_SEARCH_WORK", allowed * work)
         found, _ = directions._search(case, closed, [closed, closed])
