@@ -17,12 +17,13 @@ from onnxcare._version import __version__
 
 if TYPE_CHECKING:
     from onnxcare.api import check, fix, inspect, load, locate
+    from onnxcare.pool import Pool
 
-__all__ = ["__version__", "check", "fix", "inspect", "load", "locate"]
+__all__ = ["Pool", "__version__", "check", "fix", "inspect", "load", "locate"]
 
 
 def __getattr__(name: str) -> Any:
-    """Import the public functions when they are asked for."""
+    """Import what is public when it is asked for."""
     if name in __all__:
-        return getattr(import_module("onnxcare.api"), name)
+        return getattr(import_module("onnxcare.pool" if name == "Pool" else "onnxcare.api"), name)
     raise AttributeError(f"module 'onnxcare' has no attribute {name!r}")

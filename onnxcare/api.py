@@ -36,6 +36,7 @@ from onnxcare.locators.pairs import need_pairs
 from onnxcare.locators.race import Rules
 from onnxcare.locators.select import attribute_sites, select_units
 from onnxcare.measures import CONFIDENCE, Gauge, Verdict
+from onnxcare.pool import Pool
 from onnxcare.prepare import Setup, check_inputs, prepare
 from onnxcare.properties.suspicion import RestoredBackdoor
 from onnxcare.repair.base import Repair
@@ -92,6 +93,7 @@ def locate(
     top: int = 10,
     confidence: float = CONFIDENCE,
     exact: bool = False,
+    pool: Pool | None = None,
     progress: Progress = _silent,
 ) -> Location:
     """Rank hidden units by how much they carry the misbehaviour.
@@ -112,6 +114,8 @@ def locate(
         top: how many units are looked for; only they are measured on all samples with all values.
         confidence: the probability with which none of them is missed, as far as samples decide.
         exact: measure all units in full, and take nothing for granted.
+        pool: who else runs families of interventions: a `onnxcare.Pool` around any `concurrent.futures.Executor`. The
+            result is the same, to the last bit.
         progress: told in a few words what is being done.
 
     Raises:
@@ -126,6 +130,7 @@ def locate(
     locators = chosen(method)
     setup = prepare(model, spec, seed, device, memory, progress)
     case = setup.case
+    case.experiment.pool = pool
     rules = None if exact else Rules(top, confidence, setup.run.seed)
     attributions = attribute_sites(case, case.experiment.sites, samples, values, locators, rules)
     selections = select_units(case, attributions)
@@ -171,9 +176,7 @@ def _layer_votes(case: Case, samples: int) -> list[LayerVotes]:
     """Return the votes for the weights of every layer that can be cut open, most answers brought back first."""
     pairs = need_pairs(case, samples)
     found = []
-    for layer in case.experiment.layers:
-        if layer.refusal is not None:
-            continue
+    for layer in case.experiment.open_layers:
         case.progress(f"differences at {layer.name}")
         try:
             votes = vote_weights(case, layer, pairs)
@@ -201,6 +204,7 @@ def fix(
     best_effort: bool = False,
     layers: Sequence[str] = (),
     max_changed: int | None = None,
+    pool: Pool | None = None,
     progress: Progress = _silent,
 ) -> Fix:
     """Repair a model, judge the repair on held-out data, and write it if the verdict is good.
@@ -218,6 +222,8 @@ def fix(
         best_effort: write the model even if the verdict is not good.
         layers: names of the layers that may be changed, or patterns such as `block3*`; none for all.
         max_changed: at most so many values may be changed; None for no limit.
+        pool: who else runs families of interventions: a `onnxcare.Pool` around any `concurrent.futures.Executor`. The
+            result is the same, to the last bit.
         progress: told in a few words what is being done.
 
     Raises:
@@ -234,6 +240,7 @@ def fix(
         raise UsageError(f"--max-changed {max_changed}: at least one value has to be allowed to change")
     setup = prepare(model, spec, seed, device, memory, progress)
     case, loaded = replace(setup.case, max_changed=max_changed), setup.model
+    case.experiment.pool = pool
     if layers:
         case = replace(case, experiment=case.experiment.only(layers))
     original = _witness(case, loaded)

@@ -24,6 +24,8 @@ from onnxcare.errors import ModelError, OnnxcareError, UsageError
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from onnxcare.pool import Pool
+
 # Kept here so that --help needs no heavy import; a test compares them with the registries.
 METHODS = ("auto", "care", "ai-lancet-flip", "ai-lancet-finetune", "clp", "fine-pruning", "fine-tuning")
 LOCATORS = ("auto", "causal", "interchange", "differential")
@@ -44,6 +46,12 @@ _device = click.option(
 _memory = click.option(
     "--memory", metavar="SIZE", help="Bound on activations, such as 2GiB [default: half of the free memory]."
 )
+
+
+_scheduler = click.option(
+    "--scheduler", metavar="ADDRESS", help="Share the work with the workers of a dask scheduler, tcp://host:port."
+)
+_workers = click.option("--workers", metavar="N", type=click.IntRange(min=1), help="Or with N processes here.")
 
 
 class _Commands(click.Group):
@@ -135,6 +143,8 @@ def main() -> None:
 @_seed
 @_device
 @_memory
+@_scheduler
+@_workers
 @click.pass_context
 def fix(
     context: click.Context,
@@ -151,6 +161,8 @@ def fix(
     seed: int | None,
     device: str,
     memory: str | None,
+    scheduler: str | None,
+    workers: int | None,
 ) -> None:
     """Repair MODEL and write it to OUTPUT if the judge is satisfied."""
     if (output is None) == (not in_place):
@@ -163,7 +175,7 @@ def fix(
     from onnxcare.report import json, text
 
     _announce(device)
-    with _progress() as progress:
+    with _progress() as progress, _pool(scheduler, workers) as pool:
         result = api.fix(
             model,
             spec,
@@ -177,6 +189,7 @@ def fix(
             memory=memory,
             in_place=in_place,
             best_effort=best_effort,
+            pool=pool,
             progress=progress,
         )
     if report == "-":
@@ -204,6 +217,8 @@ def fix(
 @_seed
 @_device
 @_memory
+@_scheduler
+@_workers
 @click.pass_context
 def check(
     context: click.Context,
@@ -280,13 +295,15 @@ def locate(
     seed: int | None,
     device: str,
     memory: str | None,
+    scheduler: str | None,
+    workers: int | None,
 ) -> None:
     """Rank the hidden units of MODEL by how much they carry the misbehaviour."""
     from onnxcare import api
     from onnxcare.report import json, text
 
     _announce(device)
-    with _progress() as progress:
+    with _progress() as progress, _pool(scheduler, workers) as pool:
         result = api.locate(
             model,
             spec,
@@ -299,6 +316,7 @@ def locate(
             top=top,
             confidence=confidence,
             exact=exact,
+            pool=pool,
             progress=progress,
         )
     if as_json:
@@ -351,6 +369,8 @@ def demo(context: click.Context, output: Path | None, device: str) -> None:
         seed=None,
         device=device,
         memory=None,
+        scheduler=None,
+        workers=None,
     )
 
 
@@ -392,6 +412,20 @@ def _console() -> Console:
 
     # Tables in a log or a pipe should not be folded at 80 columns.
     return Console(width=None if sys.stdout.isatty() else 120, highlight=False)
+
+
+@contextlib.contextmanager
+def _pool(scheduler: str | None, workers: int | None) -> Iterator[Pool | None]:
+    """Yield who shares the work, None where nobody does."""
+    if scheduler is not None and workers is not None:
+        raise UsageError("give either --scheduler or --workers")
+    if scheduler is None and workers is None:
+        yield None
+        return
+    from onnxcare import cluster
+
+    with cluster.connect(scheduler) if scheduler is not None else cluster.start(workers or 1) as pool:
+        yield pool
 
 
 @contextlib.contextmanager

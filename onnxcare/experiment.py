@@ -8,9 +8,9 @@ from __future__ import annotations
 import copy
 import fnmatch
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import numpy as np
 import onnx
@@ -24,6 +24,7 @@ from onnxcare.graph.model import Model, Signature, numpy_dtype
 from onnxcare.graph.parameters import Parameter, encode, read, tensor_at
 from onnxcare.graph.sites import Site, find_sites
 from onnxcare.graph.view import GraphView, attribute, operator
+from onnxcare.pool import Pool, Work
 from onnxcare.runtime import Budget, Device, Session
 from onnxcare.suffix import Suffix
 
@@ -31,14 +32,14 @@ Array = np.ndarray
 
 # The experiment copy must answer as the original does, up to rounding of fused operators.
 _TOLERANCE = 1e-4
-# Every session holds a copy of the weights it needs, so only the last few are kept.
-_KEPT = 4
+# Every session holds a copy of the weights it needs, so only the last ones are kept: so many bytes of them, or as many
+# as the model has.
+_KEPT = 64 << 20
 # So many samples tell the order of magnitude of the scores.
 _SCALED_BY = 1000
 # So many layers are named to whoever asks for one that is not there.
 _NAMED = 8
 
-_Key = TypeVar("_Key")
 _Value = TypeVar("_Value")
 
 
@@ -55,6 +56,7 @@ class Experiment:
         decision: how an answer is read.
         classes: how many answers there are.
         probe: inputs of two samples, for trying things out.
+        pool: who else may run families of interventions; None for this process alone.
     """
 
     def __init__(
@@ -81,6 +83,7 @@ class Experiment:
         """
         decision = decision or Decision()
         self.model = model
+        self.pool: Pool | None = None
         self.device: Device = device
         self.memory = memory
         self.copy = surgery.experiment_copy(model)
@@ -88,8 +91,7 @@ class Experiment:
         self.output = judged_output(model, output, decision)
         graph = surgery.import_graph(self.copy, str(model.path))
         self.logits, final = surgery.find_logits(graph, self.output, decision.finals)
-        self._exposed: dict[tuple[str, ...], tuple[Session, int]] = {}
-        self._suffixes: dict[tuple[str, str], Suffix] = {}
+        self._start_afresh()
         self.probe = _first(probe, 2)
         self._check_copy(probe)
         values = self.tensors([self.logits], _first(probe, _SCALED_BY))[0]
@@ -105,7 +107,7 @@ class Experiment:
         for parameter, new in values.items():
             tensor = tensor_at(other.copy, parameter.path)
             tensor.ParseFromString(encode(other.copy, parameter, new))
-        other._exposed, other._suffixes = {}, {}
+        other._start_afresh()
         return other
 
     def only(self, patterns: Sequence[str]) -> Experiment:
@@ -227,16 +229,16 @@ class Experiment:
         return [inputs[name] if name in inputs else next(computed) for name in names]
 
     def _computed(self, names: tuple[str, ...], inputs: Inputs) -> list[Array]:
-        session, rows = _recent(self._exposed, names, lambda: self._expose(names))
-        return session.run_rows(self._fed(session, inputs), rows_per_run=rows)
+        exposed = self._kept.get(("exposed", *names), lambda: self._expose(names))
+        return exposed.session.run_rows(self._fed(exposed.session, inputs), rows_per_run=exposed.rows)
 
-    def _expose(self, names: tuple[str, ...]) -> tuple[Session, int]:
+    def _expose(self, names: tuple[str, ...]) -> _Exposed:
         part = surgery.expose(self.copy, names, str(self.model.path))
         session = Session(part, self.device, what=str(self.model.path))
         lost = self._without_samples(session, names)
         if lost:
             raise ModelError(f"{self.model.path}: {_no_samples(sorted(lost)[0])}")
-        return session, self.rows_of(part)
+        return _Exposed(session, self.rows_of(part), part.ByteSize())
 
     def scores(self, inputs: Inputs, source: str = "the data") -> Array:
         """Return the scores [samples, classes]; `source` names the inputs in errors.
@@ -269,20 +271,33 @@ class Experiment:
             kind: `affine`, `span` or `sweep`, see `graph.surgery`.
             reader: the layer that writes the tensor, for `sweep`.
         """
-        return _recent(self._suffixes, (tensor, kind), lambda: self._cut(tensor, kind, reader))
+        return self._kept.get((kind, tensor), lambda: self._cut(tensor, kind, reader))
 
     def _cut(self, tensor: str, kind: str, reader: Layer | None) -> Suffix:
         (one,) = self.tensors([tensor], self.first(1))
         what = str(self.model.path)
-        return Suffix(self, surgery.cut(self.copy, tensor, self.logits, one.shape[1:], kind, what, reader))
+        return Suffix(self, lambda: surgery.cut(self.copy, tensor, self.logits, one.shape[1:], kind, what, reader))
+
+    def once(self, key: tuple[str, ...], make: Callable[[], _Value]) -> _Value:
+        """Return what was made under a key before, or make it: for what follows from the model alone."""
+        if key not in self._facts:
+            self._facts[key] = make()
+        return cast(_Value, self._facts[key])
+
+    def _start_afresh(self) -> None:
+        self._kept = _Kept(max(_KEPT, self.copy.ByteSize()))
+        self._facts: dict[tuple[str, ...], object] = {}
 
     def first(self, rows: int) -> Inputs:
         """Return the inputs of the first rows of the probe."""
         return _first(self.probe, rows)
 
-    def map(self, runner: Callable[..., Array], jobs: Sequence[tuple[Any, ...]]) -> list[Array]:
-        """Return what a runner answers to every job, in their order."""
-        return [runner(*job) for job in jobs]
+    def map(self, work: Work[Any], jobs: Sequence[tuple[Any, ...]]) -> list[Array]:
+        """Return the answers to all jobs, in their order; several go to the pool where there is one."""
+        if self.pool is None or len(jobs) == 1:
+            runner = work.make(work.payload)
+            return [runner(*job) for job in jobs]
+        return self.pool.map(work, jobs)
 
     def sum_behind(self, layer: Layer) -> tuple[str, Array | None] | None:
         """Return the sum of this layer's output and another activation, where nothing else reads the output.
@@ -340,12 +355,33 @@ class Experiment:
         return Budget(self.memory, sum(known) + unknown).rows()
 
 
-def _recent(kept: dict[_Key, _Value], key: _Key, make: Callable[[], _Value]) -> _Value:
-    """Return what is kept under a key, or make it and let go of what was not used for longest."""
-    kept[key] = kept.pop(key) if key in kept else make()
-    if len(kept) > _KEPT:
-        del kept[next(iter(kept))]
-    return kept[key]
+@dataclass(frozen=True)
+class _Exposed:
+    """A session that computes inner tensors."""
+
+    session: Session
+    rows: int
+    nbytes: int
+
+
+class _Kept:
+    """Sessions that may be used again: the last ones, as far as their weights fit into a bound."""
+
+    def __init__(self, bound: int) -> None:
+        self._bound = bound
+        self._items: dict[tuple[str, ...], Any] = {}
+
+    def get(self, key: tuple[str, ...], make: Callable[[], _Value]) -> _Value:
+        """Return what is kept under a key, or make it and let go of what was not used for longest."""
+        found: Any = self._items.pop(key, None)
+        found = make() if found is None else found
+        held = found.nbytes
+        for other in list(reversed(self._items)):
+            held += self._items[other].nbytes
+            if held > self._bound:
+                del self._items[other]
+        self._items[key] = found
+        return cast(_Value, found)
 
 
 def _first(inputs: Inputs, rows: int) -> Inputs:

@@ -8,9 +8,8 @@ that results are, too.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -18,6 +17,7 @@ import numpy as np
 from onnxcare.data import Inputs
 from onnxcare.errors import ModelError
 from onnxcare.graph import surgery
+from onnxcare.pool import Work
 from onnxcare.runtime import Device, Session, batches
 
 if TYPE_CHECKING:
@@ -52,18 +52,22 @@ class Suffix:
         tensor: where the graph is cut.
         part: the piece of the graph.
         rows: how many rows, samples times members of a family, one run takes.
+        nbytes: about how many bytes its session holds.
     """
 
-    def __init__(self, experiment: Experiment, cut: surgery.Cut) -> None:
-        """Load the part behind a cut of the experiment's copy."""
+    def __init__(self, experiment: Experiment, make: Callable[[], surgery.Cut]) -> None:
+        """Load the part behind a cut of the experiment's copy, which `make` makes."""
+        cut = make()
         one = experiment.tensors([cut.tensor, *cut.boundary], experiment.first(1))
+        what = str(experiment.model.path)
         self._experiment = experiment
         self._boundary = cut.boundary
-        self.part = Part(cut.suffix.SerializeToString(), experiment.device, str(experiment.model.path))
+        self.part = Part(Session(cut.suffix, experiment.device, what=what), lambda: make().suffix.SerializeToString())
         self._sample_bytes = sum(value.nbytes for value in one)
-        self._family: Family | None = None
+        self._work: Work[Family] | None = None
         self.tensor = cut.tensor
         self.rows = experiment.rows_of(cut.suffix)
+        self.nbytes = cut.suffix.ByteSize()
 
     # -- what it needs of the samples ------------------------------------------------------------
 
@@ -74,7 +78,7 @@ class Suffix:
             ModelError: that takes more than its share of the memory.
         """
         self.need_room(inputs)
-        ((_, at),) = self.pieces(inputs)
+        ((_, at, _),) = self.pieces(inputs)
         return at
 
     def need_room(self, inputs: Inputs) -> None:
@@ -90,19 +94,26 @@ class Suffix:
                 f"{samples * self._sample_bytes >> 20} MiB; allow four times as much with --memory, or give less data"
             )
 
-    def pieces(self, inputs: Inputs, multiple: int = 1) -> Iterator[tuple[slice, Activations]]:
+    def pieces(
+        self, inputs: Inputs, multiple: int = 1, beside: Sequence[str] = ()
+    ) -> Iterator[tuple[slice, Activations, list[Array]]]:
         """Yield the activations of all samples, as many at a time as fit into their share of the memory.
 
         Args:
             inputs: the samples.
             multiple: so many samples belong together.
+            beside: further tensors to compute in the same run.
+
+        Yields:
+            Which samples, what the suffix needs of them, and the further tensors.
         """
         step = max(1, self._fitting // multiple) * multiple
+        names = list(dict.fromkeys([self.tensor, *self._boundary, *beside]))
         for rows in batches(len(next(iter(inputs.values()))), step):
-            base, *boundary = self._experiment.tensors(
-                [self.tensor, *self._boundary], {name: values[rows] for name, values in inputs.items()}
-            )
-            yield rows, Activations(base, dict(zip(self._boundary, boundary, strict=True)))
+            part = {name: values[rows] for name, values in inputs.items()}
+            known = dict(zip(names, self._experiment.tensors(names, part), strict=True))
+            at = Activations(known[self.tensor], {name: known[name] for name in self._boundary})
+            yield rows, at, [known[name] for name in beside]
 
     @property
     def _fitting(self) -> int:
@@ -139,29 +150,33 @@ class Suffix:
     def _run(self, at: Activations, constant: Mapping[str, Array], varying: Mapping[str, Array]) -> Array:
         members = len(next(iter(varying.values())))
         block = max(1, self.rows // min(len(at), self.rows))
-        family = self._family
-        if family is None or not family.rests_on(at, constant):
-            family = self._family = Family(self.part, at, constant, self.rows)
+        if self._work is None or not self._work.payload.rests_on(at, constant):
+            self._work = Work(runner, Family(self.part, at, constant, self.rows))
         jobs = [({name: values[part] for name, values in varying.items()},) for part in batches(members, block)]
-        answers = self._experiment.map(family, jobs)
+        answers = self._experiment.map(self._work, jobs)
         return self._experiment.decision.scores(np.concatenate(answers))
 
 
+def runner(payload: Callable[..., Array]) -> Callable[..., Array]:
+    """Return the payload of a `Work` that is a runner already."""
+    return payload
+
+
 class Part:
-    """A piece of a graph and the session that runs it: one of this process, opened when it is first used."""
+    """A piece of a graph in a session, which is opened anew in every process that this is sent to."""
 
-    def __init__(self, model: bytes, device: Device, what: str, threads: int | None = None) -> None:
-        """Remember what to open."""
-        self._model, self._device, self._what, self._threads = model, device, what, threads
+    def __init__(self, session: Session, model: Callable[[], bytes]) -> None:
+        """Hold a session; `model` makes its model again when it has to be sent, so that it need not be held twice."""
+        self.session, self._model = session, model
 
-    def __getstate__(self) -> dict[str, Any]:
-        # Elsewhere there is one worker a core.
-        return {**{name: value for name, value in vars(self).items() if name != "session"}, "_threads": 1}
+    def __getstate__(self) -> tuple[bytes, Device, str]:
+        return self._model(), self.session.device, self.session.name
 
-    @cached_property
-    def session(self) -> Session:
-        """The session."""
-        return Session(self._model, self._device, what=self._what, threads=self._threads)
+    def __setstate__(self, state: tuple[bytes, Device, str]) -> None:
+        model, device, name = state
+        # There is one worker a core.
+        self.session = Session(model, device, what=name, threads=1)
+        self._model = lambda: model
 
 
 class Family:

@@ -18,13 +18,14 @@ from onnxcare.experiment import Experiment
 from onnxcare.graph import surgery
 from onnxcare.graph.layers import Layer
 from onnxcare.graph.sites import Site
+from onnxcare.pool import Work
 from onnxcare.runtime import batches
-from onnxcare.suffix import Activations, Part, crossing, crossing_shapes
+from onnxcare.suffix import Activations, Part, crossing, crossing_shapes, runner
 
 Array = np.ndarray
 
-# A job is about so many runs: enough to be worth sending to another machine.
-_RUNS_PER_JOB = 16
+# A job is about so many rows, samples times values times units: enough to be worth sending to another machine.
+_ROWS_PER_JOB = 1 << 14
 
 
 @dataclass(frozen=True)
@@ -60,11 +61,12 @@ class Sweep:
             ModelError: the graph cannot be cut there.
         """
         self._experiment = experiment
-        self._reader = Reader.of(experiment, site)
+        self._reader = experiment.once(("reader", site.tensor), lambda: Reader.of(experiment, site))
         if self._reader is None:
             self._suffix = experiment.suffix(site.tensor, "affine")
         else:
             self._suffix = experiment.suffix(self._reader.layer.output, "sweep", self._reader.layer)
+        self._work: Work[Forcing] | None = None
         self.site = site
 
     def pieces(self, inputs: Inputs, multiple: int = 1) -> Iterator[tuple[slice, Held]]:
@@ -74,11 +76,10 @@ class Sweep:
             inputs: the samples.
             multiple: so many samples belong together.
         """
-        names = [self.site.tensor, self.site.tensor if self._reader is None else self._reader.layer.input]
-        for rows, at in self._suffix.pieces(inputs, multiple):
-            part = {name: values[rows] for name, values in inputs.items()}
-            site, read = self._experiment.tensors(list(dict.fromkeys(names)), part) * (2 if names[0] == names[1] else 1)
-            yield rows, Held(site, read, at)
+        read = self.site.tensor if self._reader is None else self._reader.layer.input
+        names = list(dict.fromkeys([self.site.tensor, read]))
+        for rows, at, values in self._suffix.pieces(inputs, multiple, names):
+            yield rows, Held(values[0], values[-1], at)
 
     def hold(self, inputs: Inputs) -> Held:
         """Return what is needed of the samples.
@@ -114,10 +115,11 @@ class Sweep:
 
     def _swept(self, held: Held, units: Array, values: Array) -> Array:
         assert self._reader is not None
-        runner = Forcing(self._suffix.part, self._reader, held, self._suffix.rows)
-        step = runner.units_per_run(values.shape[1]) * _RUNS_PER_JOB
+        if self._work is None or not self._work.payload.rests_on(held):
+            self._work = Work(runner, Forcing(self._suffix.part, self._reader, held, self._suffix.rows))
+        step = self._work.payload.units_per_job(values.shape[1])
         jobs = [(units[part], values[part]) for part in batches(len(units), step)]
-        return self._experiment.decision.scores(np.concatenate(self._experiment.map(runner, jobs)))
+        return self._experiment.decision.scores(np.concatenate(self._experiment.map(self._work, jobs)))
 
     def _kept(self, held: Held, units: Array) -> Array:
         keep = np.ones((len(units), self.site.units), held.site.dtype)
@@ -213,15 +215,23 @@ class Forcing:
         self._part, self._reader, self._rows = part, reader, rows
         self._read, self._at = held.read, held.at
 
-    def units_per_run(self, values: int) -> int:
-        """Return how many units go through one run at so many values."""
+    def rests_on(self, held: Held) -> bool:
+        """Return whether these are the very arrays that it was made of."""
+        return held.read is self._read and held.at is self._at
+
+    def units_per_job(self, values: int) -> int:
+        """Return how many units make a job at so many values: whole runs, and enough rows to be worth sending."""
+        together = self._units_per_run(values)
+        return together * max(1, _ROWS_PER_JOB // (together * values * len(self._at)))
+
+    def _units_per_run(self, values: int) -> int:
         if self._reader.layer.convolution is not None:
             return 1
         return max(1, self._rows // (values * len(self._at)))
 
     def __call__(self, units: Array, values: Array) -> Array:
         """Return the answers [U, V, N, ...]."""
-        together = self.units_per_run(values.shape[1])
+        together = self._units_per_run(values.shape[1])
         return np.concatenate([self._run(units[part], values[part]) for part in batches(len(units), together)])
 
     def _run(self, units: Array, values: Array) -> Array:

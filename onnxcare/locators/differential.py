@@ -190,7 +190,7 @@ def vote_units(experiment: Experiment, site: Site, clean: Dataset, pairs: Pairs)
     sizes = _unit_counts(int((~dead).sum()))
     suffix = experiment.suffix(site.tensor, "affine")
     votes, mean = np.zeros(site.units), np.zeros(site.units)
-    for rows, at in suffix.pieces(pairs.wrong.inputs):
+    for rows, at, _ in suffix.pieces(pairs.wrong.inputs):
         per_unit, place, count = _needed(experiment, site, suffix, at, pairs.take(rows), sizes)
         votes += (place < count[:, None]).sum(axis=0) / len(pairs)
         mean += (per_unit / np.maximum(per_unit.max(axis=1, keepdims=True), 1e-30)).sum(axis=0) / len(pairs)

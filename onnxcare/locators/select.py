@@ -213,7 +213,7 @@ def ablate(case: Case, panel: Panel, site: Site, sets: Sequence[Array]) -> list[
     for row, units in zip(keep, sets, strict=True):
         row[units] = 0
     scores = []
-    for _, at in suffix.pieces(panel.inputs):
+    for _, at, _ in suffix.pieces(panel.inputs):
         rank = at.base.ndim - 1
         scores.append(suffix.affine(at, spread_units(keep, site, rank), spread_units(means[None], site, rank)))
     return panel.outcomes(np.concatenate(scores, axis=1))
