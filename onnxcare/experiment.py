@@ -24,8 +24,8 @@ from onnxcare.graph.model import Model, Signature, numpy_dtype
 from onnxcare.graph.parameters import Parameter, encode, read, tensor_at
 from onnxcare.graph.sites import Site, find_sites
 from onnxcare.graph.view import GraphView, attribute, operator
-from onnxcare.pool import Pool, Work
-from onnxcare.runtime import Budget, Device, Session
+from onnxcare.pool import Pool
+from onnxcare.runtime import Budget, Device, Session, in_threads
 from onnxcare.suffix import Suffix
 
 Array = np.ndarray
@@ -292,12 +292,21 @@ class Experiment:
         """Return the inputs of the first rows of the probe."""
         return _first(self.probe, rows)
 
-    def map(self, work: Work[Any], jobs: Sequence[tuple[Any, ...]]) -> list[Array]:
-        """Return the answers to all jobs, in their order; several go to the pool where there is one."""
-        if self.pool is None or len(jobs) == 1:
-            runner = work.make(work.payload)
-            return [runner(*job) for job in jobs]
-        return self.pool.map(work, jobs)
+    def map(
+        self, runner: Callable[..., Array], jobs: Sequence[tuple[Any, ...]], then: Callable[[Array], Array]
+    ) -> list[Array]:
+        """Return what becomes of a runner's answers to all jobs, in their order.
+
+        Args:
+            runner: runs a job; it is pickled where there is a pool to share the jobs with.
+            jobs: its arguments.
+            then: what to make of each answer, here.
+        """
+        if self.pool is not None and len(jobs) > 1:
+            return [then(answer) for answer in self.pool.share(runner, jobs)]
+        if self.device == "cuda":  # a GPU runs one thing at a time
+            return [then(runner(*job)) for job in jobs]
+        return in_threads(lambda *job: then(runner(*job)), jobs)
 
     def sum_behind(self, layer: Layer) -> tuple[str, Array | None] | None:
         """Return the sum of this layer's output and another activation, where nothing else reads the output.

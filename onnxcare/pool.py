@@ -10,25 +10,19 @@ from __future__ import annotations
 import contextlib
 import functools
 import hashlib
-import logging
 import os
 import pickle
-import re
 import socket
 import threading
 import time
 import traceback
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, BrokenExecutor, CancelledError, Executor, Future, wait
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 import onnxcare
-from onnxcare.errors import ClusterError, OnnxcareError, UsageError
-
-if TYPE_CHECKING:
-    from distributed import Client, LocalCluster
+from onnxcare.errors import ClusterError, OnnxcareError
 
 Runner = Callable[..., Any]
 _Payload = TypeVar("_Payload")
@@ -37,16 +31,12 @@ _Payload = TypeVar("_Payload")
 _KEPT = 4
 # Jobs and answers carry arrays: so many a worker keep it busy without filling the memory.
 _IN_FLIGHT = 4
+# Into so many parts a worker's share of the jobs is cut: few enough to be worth sending, and enough to come out even.
+_SHARES = 4
 # Seconds after which the workers are counted again.
 _GLANCE = 2.0
 # Seconds without a single worker after which none is expected to come back.
 _PATIENCE = 60.0
-# Seconds in which a scheduler has to answer.
-_TIMEOUT = 5.0
-# A worker with a fault of its own may fail a job so often before the job counts as failed.
-_RETRIES = 3
-# The roots of the loggers that dask and what it is built on write to.
-_TALKERS = {"asyncio", "distributed", "tornado"}
 
 
 @dataclass(frozen=True, eq=False)
@@ -88,6 +78,7 @@ class Pool:
         self.executor = executor
         self.workers = workers or os.cpu_count() or 1
         self.count = count
+        self._shared: Work[Runner] | None = None
 
     def map(self, work: Work[Any], jobs: Iterable[Sequence[Any]], limit: int | None = None) -> list[Any]:
         """Run all jobs and return their results in the order of the jobs.
@@ -106,6 +97,24 @@ class Pool:
             return run.results()
         finally:
             run.cancel()
+
+    def share(self, runner: Runner, jobs: Sequence[tuple[Any, ...]]) -> list[Any]:
+        """Run all jobs on a runner that can be pickled, several of them at a time to be worth sending."""
+        if self._shared is None or self._shared.payload is not runner:
+            self._shared = Work(_Series, runner)
+        step = max(1, len(jobs) // (_SHARES * self.workers))
+        parts = [(jobs[start : start + step],) for start in range(0, len(jobs), step)]
+        return [answer for answers in self.map(self._shared, parts) for answer in answers]
+
+
+class _Series:
+    """Runs several jobs one after another."""
+
+    def __init__(self, runner: Runner) -> None:
+        self._runner = runner
+
+    def __call__(self, jobs: Sequence[tuple[Any, ...]]) -> list[Any]:
+        return [self._runner(*job) for job in jobs]
 
 
 @dataclass(frozen=True)
@@ -177,13 +186,13 @@ class _Run:
 
     def _submit(self, piece: _Piece) -> None:
         call = _pack(_Call(self._work.key, piece.job, self._work.packed if piece.loaded else None))
-        with _explained():
+        with explained():
             future = self._pool.executor.submit(pickle.loads, call)
         self._flying[future] = replace(piece, sent=time.monotonic())
 
     def _take(self, future: Future[_Answer]) -> None:
         piece = self._flying.pop(future)
-        with _explained():
+        with explained():
             answer = future.result()
         _compare(answer)
         if answer.outcome is None:
@@ -224,12 +233,12 @@ class _Run:
 
 
 @contextlib.contextmanager
-def _explained() -> Iterator[None]:
-    """Turn whatever an executor raises into one line."""
+def explained() -> Iterator[None]:
+    """Turn whatever an executor raises into a `ClusterError` of one line."""
     try:
         yield
     except Exception as error:
-        text = f"the workers cannot run a job ({_line(error)}); every worker needs onnxcare {onnxcare.__version__}"
+        text = f"the workers cannot run a job ({one_line(error)}); every worker needs onnxcare {onnxcare.__version__}"
         if isinstance(error, BrokenExecutor) or type(error).__name__ == "KilledWorker":
             text = "workers died during a job: killed, or out of memory; use fewer of them, or a smaller --memory"
         elif isinstance(error, CancelledError):
@@ -237,7 +246,8 @@ def _explained() -> Iterator[None]:
         raise ClusterError(text) from error
 
 
-def _line(error: Exception) -> str:
+def one_line(error: Exception) -> str:
+    """Return the type and the message of an error, at most 200 characters."""
     return " ".join(f"{type(error).__name__}: {error}".split())[:200]
 
 
@@ -319,129 +329,3 @@ class _Runners:
 
 
 _RUNNERS = _Runners()
-
-
-# -- dask ----------------------------------------------------------------------------------------
-
-
-@contextlib.contextmanager
-def connect(address: str) -> Iterator[Pool]:
-    """Yield a pool of the workers of a running dask scheduler, such as tcp://host:8786.
-
-    Raises:
-        UsageError: no scheduler answers there, it has no workers, or dask is not installed.
-        ClusterError: the scheduler answered, and then did not.
-    """
-    if not re.fullmatch(r"tcp://[^\s/]+:\d+", address):
-        raise UsageError(f"{address}: give the address of a dask scheduler, such as tcp://host:8786")
-    with _quiet_dask():
-        _check(address)
-        with _explained():
-            opened = _client(address)
-        with opened as client:
-            if not _threads(client):
-                raise UsageError(f"{address}: the scheduler has no workers; start some with dask worker {address}")
-            yield _pool(client)
-
-
-@contextlib.contextmanager
-def start(workers: int) -> Iterator[Pool]:
-    """Yield a pool of so many new processes of this machine, which end with the context.
-
-    They import the script that calls this, so its own start belongs under `if __name__ == "__main__"`.
-
-    Raises:
-        UsageError: fewer than one is asked for, or dask is not installed.
-        ClusterError: the processes cannot be started.
-    """
-    if workers < 1:
-        raise UsageError(f"{workers} workers: give at least 1")
-    with _quiet_dask(), contextlib.ExitStack() as stack:
-        try:
-            cluster = stack.enter_context(_local_cluster(workers))
-            client = stack.enter_context(_client(cluster))
-        except Exception as error:  # whatever a new process, or dask's watch over it, stumbles upon
-            raise ClusterError(f"{workers} workers cannot be started here: {_line(error)}") from error
-        yield _pool(client)
-
-
-def _local_cluster(workers: int) -> LocalCluster:
-    import distributed
-
-    return distributed.LocalCluster(
-        n_workers=workers,
-        threads_per_worker=1,
-        processes=True,
-        dashboard_address=None,
-        memory_limit=None,  # with one, dask kills a process that takes more than its share
-        silence_logs=logging.CRITICAL,
-        # Ctrl-C reaches all processes of a terminal, and this one ends the others.
-        preload=["import signal; signal.signal(signal.SIGINT, signal.SIG_IGN)"],
-        # The pages that are not the dashboard would take port 8787 all the same.
-        scheduler_kwargs={"dashboard_address": "127.0.0.1:0"},
-    )
-
-
-def _pool(client: Client) -> Pool:
-    # By default dask takes a second job of the same name and arguments for the first.
-    return Pool(client.get_executor(pure=False, retries=_RETRIES), _threads(client), lambda: _threads(client))
-
-
-def _threads(client: Client) -> int:
-    """Return how many jobs the workers run at a time; 0 also where the scheduler does not answer."""
-    try:
-        return sum(client.nthreads(callback_timeout=_TIMEOUT).values())
-    except Exception:  # connections fail in many ways, and all of them mean that no worker can be reached
-        return 0
-
-
-def _client(where: str | LocalCluster) -> Client:
-    import distributed
-
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # versions that matter are compared with every answer
-        return distributed.Client(where, timeout=_TIMEOUT, set_as_default=False)
-
-
-def _check(address: str) -> None:
-    """Refuse an address where no scheduler answers; a client would wait for ever for one that is silent."""
-    import asyncio
-    from concurrent.futures import ThreadPoolExecutor
-
-    import distributed
-
-    async def identity() -> dict[str, Any]:
-        async with distributed.rpc(address, timeout=_TIMEOUT / 2) as server:
-            return dict(await server.identity())
-
-    try:
-        with ThreadPoolExecutor(1) as thread:  # the caller may have a running event loop, as notebooks do
-            answer = thread.submit(asyncio.run, asyncio.wait_for(identity(), _TIMEOUT)).result()
-    except Exception as error:
-        raise UsageError(f"{address}: no dask scheduler answers there; start one with dask scheduler") from error
-    if "workers" not in answer:
-        raise UsageError(f"{address}: this is a {answer.get('type')} of dask; give the address of its scheduler")
-
-
-@contextlib.contextmanager
-def _quiet_dask() -> Iterator[None]:
-    """Silence dask, which reports every lost worker and every large payload.
-
-    Raises:
-        UsageError: dask is not installed.
-    """
-    try:
-        import dask
-        import distributed  # noqa: F401
-    except ImportError as error:
-        raise UsageError("this needs dask, which is not installed: pip install onnxcare[cluster]") from error
-    loggers = [logging.getLogger(name) for name in logging.root.manager.loggerDict if name.split(".")[0] in _TALKERS]
-    levels = [logger.level for logger in loggers]
-    for logger in loggers:
-        logger.setLevel(logging.CRITICAL + 1)
-    try:
-        with dask.config.set({"distributed.admin.large-graph-warning-threshold": "1 PiB"}):
-            yield
-    finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)

@@ -10,10 +10,11 @@ import contextlib
 import functools
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import numpy as np
 
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 
 Device = Literal["cpu", "cuda"]
 Array = np.ndarray
+_Result = TypeVar("_Result")
 
 _PROVIDERS: dict[str, list[Any]] = {
     "cpu": ["CPUExecutionProvider"],
@@ -35,8 +37,8 @@ _PROVIDERS: dict[str, list[Any]] = {
     ],
 }
 
-# Activations of a batch should stay near the caches; larger batches only add memory traffic.
-_BYTES_PER_RUN = 32 << 20
+# Activations of a run should stay near the caches; larger runs only add memory traffic.
+_BYTES_PER_RUN = 8 << 20
 # Runs whose rows are of unknown size.
 _ROWS_PER_RUN = 256
 
@@ -92,7 +94,7 @@ def few_blas_threads() -> Iterator[None]:
     import scipy.linalg  # noqa: F401  only libraries that are loaded already can be limited
     import threadpoolctl
 
-    with threadpoolctl.threadpool_limits(max(1, (os.cpu_count() or 1) // 4), user_api="blas"):
+    with threadpoolctl.threadpool_limits(max(1, cores() // 4), user_api="blas"):
         yield
 
 
@@ -257,6 +259,32 @@ class Session:
         return [np.concatenate(column) for column in zip(*parts, strict=True)]
 
 
+def cores() -> int:
+    """Return how many cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def in_threads(function: Callable[..., _Result], jobs: Sequence[tuple[Any, ...]]) -> list[_Result]:
+    """Return what a function answers to every job, in their order, one thread a core.
+
+    Many runs of one thread each are faster than one after another of many: no operator waits for its threads, and
+    every core keeps its own run in its own cache.
+    """
+    if len(jobs) < 2 or cores() < 2:
+        return [function(*job) for job in jobs]
+    futures = [_threads().submit(function, *job) for job in jobs]
+    try:
+        return [future.result() for future in futures]
+    finally:
+        for future in futures:
+            future.cancel()
+
+
+@functools.cache
+def _threads() -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(cores(), thread_name_prefix="onnxcare")
+
+
 def batches(total: int, step: int) -> Iterator[slice]:
     """Yield consecutive slices of at most `step` rows that cover `total` rows."""
     for start in range(0, total, max(1, step)):
@@ -276,8 +304,8 @@ class Budget:
     row: int
 
     def rows(self) -> int:
-        """Return how many rows may run at once: at least one, and no more than the caches like."""
-        return max(1, min(_BYTES_PER_RUN, self.memory) // max(1, self.row))
+        """Return how many rows one of the runs side by side may take: at least one, no more than the caches like."""
+        return max(1, min(_BYTES_PER_RUN, self.memory // cores()) // max(1, self.row))
 
 
 def _load_failure(text: str) -> str:

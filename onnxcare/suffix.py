@@ -17,7 +17,6 @@ import numpy as np
 from onnxcare.data import Inputs
 from onnxcare.errors import ModelError
 from onnxcare.graph import surgery
-from onnxcare.pool import Work
 from onnxcare.runtime import Device, Session, batches
 
 if TYPE_CHECKING:
@@ -62,9 +61,11 @@ class Suffix:
         what = str(experiment.model.path)
         self._experiment = experiment
         self._boundary = cut.boundary
-        self.part = Part(Session(cut.suffix, experiment.device, what=what), lambda: make().suffix.SerializeToString())
+        # Runs go side by side, one thread each.
+        session = Session(cut.suffix, experiment.device, what=what, threads=1)
+        self.part = Part(session, lambda: make().suffix.SerializeToString())
         self._sample_bytes = sum(value.nbytes for value in one)
-        self._work: Work[Family] | None = None
+        self._family: Family | None = None
         self.tensor = cut.tensor
         self.rows = experiment.rows_of(cut.suffix)
         self.nbytes = cut.suffix.ByteSize()
@@ -148,18 +149,18 @@ class Suffix:
         return self._run(at, constant, {surgery.COEFFICIENTS: coefficients.astype(dtype, copy=False)})
 
     def _run(self, at: Activations, constant: Mapping[str, Array], varying: Mapping[str, Array]) -> Array:
+        if self._family is None or not self._family.rests_on(at, constant):
+            self._family = Family(self.part, at, constant)
         members = len(next(iter(varying.values())))
-        block = max(1, self.rows // min(len(at), self.rows))
-        if self._work is None or not self._work.payload.rests_on(at, constant):
-            self._work = Work(runner, Family(self.part, at, constant, self.rows))
-        jobs = [({name: values[part] for name, values in varying.items()},) for part in batches(members, block)]
-        answers = self._experiment.map(self._work, jobs)
-        return self._experiment.decision.scores(np.concatenate(answers))
-
-
-def runner(payload: Callable[..., Array]) -> Callable[..., Array]:
-    """Return the payload of a `Work` that is a runner already."""
-    return payload
+        step = min(len(at), self.rows)
+        tiles = list(batches(len(at), step))
+        blocks = [
+            {name: values[part] for name, values in varying.items()}
+            for part in batches(members, max(1, self.rows // step))
+        ]
+        jobs = [(block, rows) for block in blocks for rows in tiles]
+        answers = iter(self._experiment.map(self._family, jobs, self._experiment.decision.scores))
+        return np.concatenate([np.concatenate([next(answers) for _ in tiles], axis=1) for _ in blocks])
 
 
 class Part:
@@ -180,19 +181,18 @@ class Part:
 
 
 class Family:
-    """Interventions on the same samples that differ in a few arrays: a block of them is one job."""
+    """Interventions on the same samples that differ in a few arrays."""
 
-    def __init__(self, part: Part, at: Activations, constant: Mapping[str, Array], rows: int) -> None:
+    def __init__(self, part: Part, at: Activations, constant: Mapping[str, Array]) -> None:
         """Lay out what all members share.
 
         Args:
             part: the suffix.
             at: activations of the samples.
             constant: inputs of the suffix that are the same for all members, [1 or K, 1 or samples, ...].
-            rows: how many rows one run takes.
         """
-        self.part, self._at, self._constant, self._rows = part, at, constant, rows
-        self._tiles: dict[int, dict[str, Any]] = {}
+        self._part, self._at, self._constant = part, at, constant
+        self._tiles: dict[tuple[int, int], dict[str, Any]] = {}
 
     def __getstate__(self) -> dict[str, Any]:
         return {**vars(self), "_tiles": {}}
@@ -201,28 +201,26 @@ class Family:
         """Return whether these are the very arrays that it was made of."""
         return at is self._at and all(self._constant.get(name) is values for name, values in constant.items())
 
-    def __call__(self, varying: Mapping[str, Array]) -> Array:
-        """Return the answers [members, samples, ...] of a block of members."""
+    def __call__(self, varying: Mapping[str, Array], rows: slice) -> Array:
+        """Return the answers [members, samples, ...] of some members on some samples."""
         members = len(next(iter(varying.values())))
-        found = []
-        for rows in batches(len(self._at), self._rows):
-            feeds = {name: values if values.ndim < 3 else samples_of(values, rows) for name, values in varying.items()}
-            y = self.part.session.run(self._shared(rows, members) | feeds)[0]
-            found.append(y.reshape(members, rows.stop - rows.start, *y.shape[1:]))
-        return np.concatenate(found, axis=1)
+        feeds = {name: values if values.ndim < 3 else _samples(values, rows) for name, values in varying.items()}
+        y = self._part.session.run(self._shared(rows, members) | feeds)[0]
+        return y.reshape(members, rows.stop - rows.start, *y.shape[1:])
 
     def _shared(self, rows: slice, members: int) -> dict[str, Any]:
         """Return what a run on some samples takes beside what varies; it is laid out, or sent to the GPU, once."""
-        if rows.start not in self._tiles:
+        key = rows.start, rows.stop
+        if key not in self._tiles:
             tile = {surgery.BASE: self._at.base[None, rows]}
             for name, values in self._constant.items():
-                part = samples_of(values, rows)
+                part = _samples(values, rows)
                 tile[name] = part.reshape(len(part), -1) if name == surgery.DIRECTIONS else part
-            self._tiles[rows.start] = self.part.session.resident(tile | crossing(self._at, rows))
-        return self._tiles[rows.start] | crossing_shapes(self._at, rows, members)
+            self._tiles[key] = self._part.session.resident(tile | crossing(self._at, rows))
+        return self._tiles[key] | crossing_shapes(self._at, rows, members)
 
 
-def samples_of(values: Array, rows: slice) -> Array:
+def _samples(values: Array, rows: slice) -> Array:
     """Return some of the samples on axis 1, leaving an axis of length one as it is."""
     return values if values.shape[1] == 1 else values[:, rows]
 

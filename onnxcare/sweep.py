@@ -8,7 +8,7 @@ itself never runs again. Where a skip connection or another operator reads the s
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -18,14 +18,16 @@ from onnxcare.experiment import Experiment
 from onnxcare.graph import surgery
 from onnxcare.graph.layers import Layer
 from onnxcare.graph.sites import Site
-from onnxcare.pool import Work
 from onnxcare.runtime import batches
-from onnxcare.suffix import Activations, Part, crossing, crossing_shapes, runner
+from onnxcare.suffix import Activations, Part, crossing, crossing_shapes
 
 Array = np.ndarray
+# Makes something of scores, [..., samples, classes] -> [...].
+Reading = Callable[[Array], Array]
 
-# A job is about so many rows, samples times values times units: enough to be worth sending to another machine.
-_ROWS_PER_JOB = 1 << 14
+
+def _scores(scores: Array) -> Array:
+    return scores
 
 
 @dataclass(frozen=True)
@@ -66,7 +68,7 @@ class Sweep:
             self._suffix = experiment.suffix(site.tensor, "affine")
         else:
             self._suffix = experiment.suffix(self._reader.layer.output, "sweep", self._reader.layer)
-        self._work: Work[Forcing] | None = None
+        self._forcing: Forcing | None = None
         self.site = site
 
     def pieces(self, inputs: Inputs, multiple: int = 1) -> Iterator[tuple[slice, Held]]:
@@ -91,35 +93,40 @@ class Sweep:
         ((_, held),) = self.pieces(inputs)
         return held
 
-    def force(self, held: Held, units: Array, values: Array) -> Array:
-        """Return the scores [U, V, N, classes] under do(units[u] := values[u, v]).
+    def force(self, held: Held, units: Array, values: Array, of: Reading = _scores) -> Array:
+        """Return the scores [U, V, N, classes] under do(units[u] := values[u, v]), or what is read of them.
 
         Args:
             held: N samples.
             units: [U] indices of units; a unit of a convolution is set at all positions.
             values: [U, V].
+            of: what to make of scores [..., N, classes].
         """
         if self._reader is None:
             count = values.shape[1]
             each = np.repeat(units, count)
             scores = self._suffix.affine(held.at, self._kept(held, each), self._spread(held, values.reshape(-1, 1)))
-            return scores.reshape(len(units), count, *scores.shape[1:])
-        return self._swept(held, units, values)
+            return of(scores.reshape(len(units), count, *scores.shape[1:]))
+        return self._swept(held, units, values, of)
 
-    def exchange(self, held: Held, other: Held, units: Array) -> Array:
-        """Return the scores [U, N, classes] where units[u] has the values it has on other samples, row by row."""
+    def exchange(self, held: Held, other: Held, units: Array, of: Reading = _scores) -> Array:
+        """Return the scores [U, N, classes] where units[u] has the values it has on other samples, row by row.
+
+        `of` says what to make of scores [..., N, classes].
+        """
         if self._reader is None:
-            return self._suffix.affine(held.at, self._kept(held, units), other.site[None])
+            return of(self._suffix.affine(held.at, self._kept(held, units), other.site[None]))
         difference = replace(held, read=held.read - other.read)
-        return self._swept(difference, units, np.zeros((len(units), 1)))[:, 0]
+        return self._swept(difference, units, np.zeros((len(units), 1)), of)[:, 0]
 
-    def _swept(self, held: Held, units: Array, values: Array) -> Array:
+    def _swept(self, held: Held, units: Array, values: Array, of: Reading) -> Array:
         assert self._reader is not None
-        if self._work is None or not self._work.payload.rests_on(held):
-            self._work = Work(runner, Forcing(self._suffix.part, self._reader, held, self._suffix.rows))
-        step = self._work.payload.units_per_job(values.shape[1])
+        if self._forcing is None or not self._forcing.rests_on(held):
+            self._forcing = Forcing(self._suffix.part, self._reader, held, self._suffix.rows)
+        step = self._forcing.units_per_run(values.shape[1])
         jobs = [(units[part], values[part]) for part in batches(len(units), step)]
-        return self._experiment.decision.scores(np.concatenate(self._experiment.map(self._work, jobs)))
+        decision = self._experiment.decision
+        return np.concatenate(self._experiment.map(self._forcing, jobs, lambda y: of(decision.scores(y))))
 
     def _kept(self, held: Held, units: Array) -> Array:
         keep = np.ones((len(units), self.site.units), held.site.dtype)
@@ -201,7 +208,7 @@ class Reader:
 
 
 class Forcing:
-    """Runs a suffix with units forced to values: a few units are one job."""
+    """Runs a suffix with units forced to values."""
 
     def __init__(self, part: Part, reader: Reader, held: Held, rows: int) -> None:
         """Take what all jobs share.
@@ -219,22 +226,14 @@ class Forcing:
         """Return whether these are the very arrays that it was made of."""
         return held.read is self._read and held.at is self._at
 
-    def units_per_job(self, values: int) -> int:
-        """Return how many units make a job at so many values: whole runs, and enough rows to be worth sending."""
-        together = self._units_per_run(values)
-        return together * max(1, _ROWS_PER_JOB // (together * values * len(self._at)))
-
-    def _units_per_run(self, values: int) -> int:
+    def units_per_run(self, values: int) -> int:
+        """Return how many units go through one run at so many values."""
         if self._reader.layer.convolution is not None:
             return 1
         return max(1, self._rows // (values * len(self._at)))
 
     def __call__(self, units: Array, values: Array) -> Array:
-        """Return the answers [U, V, N, ...]."""
-        together = self._units_per_run(values.shape[1])
-        return np.concatenate([self._run(units[part], values[part]) for part in batches(len(units), together)])
-
-    def _run(self, units: Array, values: Array) -> Array:
+        """Return the answers [U, V, N, ...] for as many units as go through one run."""
         dtype = self._at.base.dtype
         held, weight, shift = self._reader.feeds(self._read, units, values.astype(dtype))
         by_unit = self._reader.layer.convolution is None  # then units and values have an axis each

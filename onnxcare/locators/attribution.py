@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 
@@ -13,8 +14,14 @@ from onnxcare.graph.sites import Site
 from onnxcare.runtime import batches
 
 Array = np.ndarray
-# Scores [..., rows, classes] and the samples that the rows are -> a quantity [..., cases].
-Response = Callable[[Array, Dataset], Array]
+
+
+class Response(Protocol):
+    """A quantity of every case: of scores [..., rows, classes] and the samples that the rows are, [..., cases]."""
+
+    def __call__(self, scores: Array, samples: Dataset) -> Array:
+        """Return it."""
+
 
 # A unit whose range is below this share of the site's largest range does not move: it has no effect.
 _DEAD = 1e-6

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 
@@ -93,7 +94,7 @@ def average_causal_effects(
         samples = over.take(rows)
         for part in batches(len(live), units_together(experiment, len(samples), values)):
             units = live[part]
-            y = response(sweep.force(held, units, grid[units]), samples)
+            y = sweep.force(held, units, grid[units], partial(response, samples=samples))
             expectation[units] += y.sum(axis=-1) * (rows_per_case / len(over))
     means = expectation.mean(axis=1)
     effects = expectation - means[:, None]
@@ -138,7 +139,7 @@ def raced_effects(
         held = list(sweep.pieces(samples.inputs, rows_per_case))
         for part in batches(len(units), units_together(experiment, len(samples), len(nodes))):
             forced = grids[index][units[part]][:, nodes]
-            y = [response(sweep.force(piece, units[part], forced), samples.take(rows)) for rows, piece in held]
+            y = [sweep.force(h, units[part], forced, partial(response, samples=samples.take(r))) for r, h in held]
             answers[part] = np.concatenate(y, axis=-1)
         return answers
 

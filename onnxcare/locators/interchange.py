@@ -13,6 +13,7 @@ that can move the answer; an interchange finds those that carry the misbehaviour
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from functools import partial
 
 import numpy as np
 
@@ -135,9 +136,9 @@ def _exchanged(
         samples = bad.take(rows)
         other = None if twins is None else sweep.hold(twins.take(rows).inputs)
         for part in batches(len(units), units_together(experiment, len(samples), 1)):
-            some = units[part]
+            some, of = units[part], partial(margin, samples=samples)
             if other is not None:
-                scores = sweep.exchange(held, other, some)
+                after = sweep.exchange(held, other, some, of)
             else:
-                scores = sweep.force(held, some, means[some, None])[:, 0]
-            yield some, slice(rows.start // rows_per_case, rows.stop // rows_per_case), margin(scores, samples)
+                after = sweep.force(held, some, means[some, None], of)[:, 0]
+            yield some, slice(rows.start // rows_per_case, rows.stop // rows_per_case), after

@@ -19,7 +19,7 @@ from onnxcare.data import PARTS, Dataset, Inputs, PartName, Splits, check_labels
 from onnxcare.errors import DataError, SpecError
 from onnxcare.graph.model import Signature
 from onnxcare.measures import Finding, Rate
-from onnxcare.properties.base import Array, Evidence, Property, divergence, divergence_gradient, log_softmax
+from onnxcare.properties.base import Array, Evidence, Property, divergence, divergence_gradient, log_softmax, softmax
 from onnxcare.properties.estimation import estimate_triggers
 from onnxcare.properties.trigger import Added, Range, Static, load_trigger
 from onnxcare.spec import BackdoorSpec
@@ -87,7 +87,7 @@ class Backdoor(Property):
 
     def response(self, scores: Array, samples: Dataset) -> Array:
         """Return the probability of what the trigger leads to."""
-        return _at(np.exp(log_softmax(scores)), wrong_answers(self.leads_to, samples))
+        return _at(softmax(scores), wrong_answers(self.leads_to, samples))
 
     def margin(self, scores: Array, samples: Dataset) -> Array:
         """Return the score of what the trigger leads to above the highest other one."""

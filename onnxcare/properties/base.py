@@ -140,6 +140,16 @@ def log_softmax(scores: Array) -> Array:
     return found
 
 
+def softmax(scores: Array) -> Array:
+    """Return probabilities along the last axis, in the scores' own precision: for many interventions at once."""
+    # Reducing a short last axis is slow; in front, whole arrays are added and compared.
+    by_class = np.ascontiguousarray(np.moveaxis(scores, -1, 0))
+    p = np.exp(by_class - by_class.max(axis=0))
+    p /= p.sum(axis=0)
+    found: Array = np.moveaxis(p, 0, -1)
+    return found
+
+
 def divergence(reference: Array, log_probs: Array) -> Array:
     """Return KL(reference || candidate) of log-probabilities, averaged over the samples: [...] ."""
     return (np.exp(reference) * (reference - log_probs)).sum(axis=-1).mean(axis=-1)

@@ -22,7 +22,7 @@ from onnxcare.graph.influence import certify
 from onnxcare.graph.model import Signature
 from onnxcare.measures import Finding, Measure
 from onnxcare.properties import groups
-from onnxcare.properties.base import Array, Evidence, Property, divergence, divergence_gradient, log_softmax
+from onnxcare.properties.base import Array, Evidence, Property, divergence, divergence_gradient, log_softmax, softmax
 from onnxcare.properties.groups import Groups
 from onnxcare.properties.variation import SAME, Attribute, Variation
 from onnxcare.spec import Bounds, FairnessSpec
@@ -79,7 +79,7 @@ class IndividualFairness(Property):
 
     def response(self, scores: Array, samples: Dataset) -> Array:
         """Return the largest change of the favourable class's probability, CARE's y_fair."""
-        return self._largest_changes(np.exp(log_softmax(scores)))
+        return self._largest_changes(softmax(scores))
 
     def goal(self, bad: Array, twins: Array | None, labels: Array | None) -> Array:
         """Return for all rows of a case the mean of what the original answers to its variants.

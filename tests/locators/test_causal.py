@@ -37,7 +37,7 @@ def test_effects_equal_a_loop_over_full_forward_passes(folder, index):
     bad = case.properties[0].evidence("repair").bad.take(slice(0, 40))
     target = TARGET[folder]
     found = average_causal_effects(
-        case.experiment, site, clean, bad, lambda scores, _: np.exp(log_softmax(scores))[..., target], values=5
+        case.experiment, site, clean, bad, lambda scores, samples: np.exp(log_softmax(scores))[..., target], values=5
     )
     units = [unit for unit in range(site.units) if not found.dead[unit]][:6]
     expected = plain_loop(folder / "model.onnx", site, images(clean), found.values, units, target)
@@ -51,7 +51,7 @@ def test_the_ranking_by_mean_puts_the_highest_expectation_first():
     clean = case.splits.repair.take(slice(0, 40))
     bad = case.properties[0].evidence("repair").bad.take(slice(0, 40))
     found = average_causal_effects(
-        case.experiment, case.experiment.sites[-1], clean, bad, lambda scores, _: log_softmax(scores)[..., 1], values=3
+        case.experiment, case.experiment.sites[-1], clean, bad, lambda scores, samples: log_softmax(scores)[..., 1], values=3
     )
     ranked = found.by_mean()
     assert ranked.locator != found.locator
@@ -70,7 +70,7 @@ def test_values_span_the_range_over_clean_and_bad_samples_and_dead_units_are_dro
     clean = case.splits.repair.take(slice(0, 60))
     bad = case.properties[0].evidence("repair").bad.take(slice(0, 60))
     found = average_causal_effects(
-        case.experiment, site, clean, bad, lambda scores, _: log_softmax(scores)[..., 1], values=4
+        case.experiment, site, clean, bad, lambda scores, samples: log_softmax(scores)[..., 1], values=4
     )
     both = np.concatenate([case.experiment.tensors([site.tensor], part.inputs)[0] for part in (clean, bad)])
     np.testing.assert_allclose(found.values[:, 0], both.min(axis=0), atol=1e-6)
