@@ -372,3 +372,39 @@ def test_several_inputs(tmp_path: Path) -> None:
     halved = np.concatenate([np.maximum(x["a"] @ W1 * 0.5, 0), x["b"]], axis=1) @ random(10, 4)
     assert_close(found[1], halved)
     assert_close(experiment.tensors(["b", "z", "a"], x)[1], x["a"] @ W1)
+
+
+WHOLE = """g (float[N, 2, 5, 4] x) => (float[N, 4] y) {{
+    z = Conv (x, K)
+    h = Relu (z)
+    c = Conv <{attributes}> (h, L{bias})
+    r = Relu (c)
+    f = Flatten (r)
+    y = MatMul (f, V)
+}}"""
+
+
+@pytest.mark.parametrize(
+    ("attributes", "bias", "written"),
+    [
+        ("pads = [0, 0, 0, 0]", True, "Gemm"),
+        ('auto_pad = "VALID"', False, "Gemm"),
+        ("strides = [2, 3]", True, "Gemm"),
+        ("pads = [1, 1, 0, 0]", True, "Conv"),
+        ("group = 2", True, "Conv"),
+    ],
+)
+def test_a_convolution_over_the_whole_map_runs_as_a_product(
+    attributes: str, bias: bool, written: str, tmp_path: Path
+) -> None:
+    grouped = 2 if "group" in attributes else 1
+    weights = {"K": random(6, 2, 3, 3), "L": random(4, 6 // grouped, 3, 2, seed=1), "b": random(4, seed=2)}
+    positions = 4 if "pads = [1" in attributes else 1
+    weights |= {"V": random(4 * positions, 4, seed=3)}
+    if not bias:
+        del weights["b"]
+    proto = build(WHOLE.format(attributes=attributes, bias=", b" if bias else ""), weights)
+    experiment = assert_cuts(Subject(proto, "x", (2, 5, 4), "y"), tmp_path)
+    model = onnx.load_from_string(experiment.suffix("h", "affine").part.__getstate__()[0])
+    assert written in [node.op_type for node in model.graph.node]
+    assert (written == "Conv") == ("Conv" in [node.op_type for node in model.graph.node])

@@ -51,7 +51,12 @@ def test_the_ranking_by_mean_puts_the_highest_expectation_first():
     clean = case.splits.repair.take(slice(0, 40))
     bad = case.properties[0].evidence("repair").bad.take(slice(0, 40))
     found = average_causal_effects(
-        case.experiment, case.experiment.sites[-1], clean, bad, lambda scores, samples: log_softmax(scores)[..., 1], values=3
+        case.experiment,
+        case.experiment.sites[-1],
+        clean,
+        bad,
+        lambda scores, samples: log_softmax(scores)[..., 1],
+        values=3,
     )
     ranked = found.by_mean()
     assert ranked.locator != found.locator
