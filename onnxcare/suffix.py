@@ -26,6 +26,8 @@ Array = np.ndarray
 
 # Share of the memory that the activations cached at one cut may take.
 _CACHED = 0.25
+# So many members of a family, if there are, go through one run.
+_MEMBERS = 16
 
 
 @dataclass(frozen=True)
@@ -152,12 +154,10 @@ class Suffix:
         if self._family is None or not self._family.rests_on(at, constant):
             self._family = Family(self.part, at, constant)
         members = len(next(iter(varying.values())))
-        step = min(len(at), self.rows)
-        tiles = list(batches(len(at), step))
-        blocks = [
-            {name: values[part] for name, values in varying.items()}
-            for part in batches(members, max(1, self.rows // step))
-        ]
+        # Several members on a few samples share what they read of these.
+        together = max(min(members, self.rows, _MEMBERS), self.rows // len(at))
+        tiles = list(batches(len(at), max(1, self.rows // together)))
+        blocks = [{name: values[part] for name, values in varying.items()} for part in batches(members, together)]
         jobs = [(block, rows) for block in blocks for rows in tiles]
         answers = iter(self._experiment.map(self._family, jobs, self._experiment.decision.scores))
         return np.concatenate([np.concatenate([next(answers) for _ in tiles], axis=1) for _ in blocks])

@@ -21,6 +21,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import scipy.linalg
+import scipy.sparse.linalg
 
 from onnxcare.data import Dataset, Inputs
 from onnxcare.experiment import Experiment
@@ -35,6 +36,8 @@ Array = np.ndarray
 _PIECE = 32 << 20
 # A channel whose part in a sum is smaller than this share of the largest one's cannot be aimed through.
 _FAINT = 1e-3
+# Up to so many outputs all eigenvectors are computed.
+_DENSE = 256
 
 
 @dataclass(frozen=True)
@@ -54,38 +57,38 @@ class Regression:
     right: Array
     drift: Array | None = None
 
-    def solve(self, alpha: float, rho: float, ranks: Sequence[int | None]) -> list[Array]:
-        """Return the change D of the layer's matrix for each rank, [groups, d, o], float64.
+    def solve(self, alpha: float, rho: float, ranks: Sequence[int | None]) -> Iterator[Array]:
+        """Yield the change D of the layer's matrix for each rank, [groups, d, o], float64.
 
         Args:
             alpha: weight of staying put on clean samples.
             rho: ridge, relative to the mean squared clean input.
             ranks: largest rank of each change; None for no limit.
         """
-        per_group = []
+        most = max((rank for rank in ranks if rank is not None), default=0)
+        solved = []
         for system, right in self._systems(alpha, rho):
-            full = scipy.linalg.cho_solve(scipy.linalg.cho_factor(system), right)
-            # H D = R, so D' H D = D' R: the ranking of directions needs no further product with H.
-            _, vectors = np.linalg.eigh((full.T @ right + right.T @ full) / 2)
-            per_group.append([full if r is None else _project(full, vectors[:, -r:]) for r in ranks])
-        return [np.stack(changes) for changes in zip(*per_group, strict=True)]
+            full = _solution(system, right)
+            solved.append((full, _top_directions(full, right, most)))
+        for rank in ranks:
+            yield np.stack([full if rank is None else _project(full, top[:, :rank]) for full, top in solved])
 
-    def solve_some(self, alpha: float, rho: float, counts: Sequence[int]) -> list[Array]:
-        """Return, for each count, the change that touches only so many rows of each group's matrix, [groups, d, o].
+    def solve_some(self, alpha: float, rho: float, counts: Sequence[int]) -> Iterator[Array]:
+        """Yield, for each count, the change that touches only so many rows of each group's matrix, [groups, d, o].
 
         They are those that add most to the outputs in the unlimited change. The change is solved anew for them: cutting
         the unlimited one down to its largest values would leave most of the misbehaviour.
         """
-        found = [np.zeros(self.right.shape) for _ in counts]
+        orders = []
         for group, (system, right) in enumerate(self._systems(alpha, rho)):
-            full = scipy.linalg.cho_solve(scipy.linalg.cho_factor(system), right)
-            power = np.diagonal(self.clean[group] + self.bad[group]) * (full**2).sum(axis=1)
-            order = np.argsort(-power, kind="stable")
-            for change, count in zip(found, counts, strict=True):
-                kept = np.sort(order[:count])
-                part = scipy.linalg.cho_factor(system[np.ix_(kept, kept)])
-                change[group, kept] = scipy.linalg.cho_solve(part, right[kept])
-        return found
+            power = np.diagonal(self.clean[group] + self.bad[group]) * (_solution(system, right) ** 2).sum(axis=1)
+            orders.append(np.argsort(-power, kind="stable"))
+        for count in counts:
+            change = np.zeros(self.right.shape)
+            for group, (system, right) in enumerate(self._systems(alpha, rho)):
+                kept = np.sort(orders[group][:count])
+                change[group, kept] = _solution(system[np.ix_(kept, kept)], right[kept])
+            yield change
 
     def _systems(self, alpha: float, rho: float) -> Iterator[tuple[Array, Array]]:
         """Yield every group's matrix H and right-hand side."""
@@ -97,6 +100,32 @@ class Regression:
             floor = 1e-9 * np.trace(system) / d + 1e-12
             system[np.diag_indices(d)] += max(rho * np.trace(clean) / d, floor)
             yield system, right
+
+
+def _solution(system: Array, right: Array) -> Array:
+    """Solve a positive definite system, whose matrix is used up."""
+    return scipy.linalg.cho_solve(scipy.linalg.cho_factor(system, overwrite_a=True), right)
+
+
+def _top_directions(change: Array, right: Array, count: int) -> Array:
+    """Return the top eigenvectors of D' H D, [o, count], highest first; H D = R, so it is D' R.
+
+    Of a large matrix they are found by Lanczos iterations, which need no more than products with vectors.
+    """
+    outputs = change.shape[1]
+    count = min(count, outputs)
+    if not count:
+        return np.zeros((outputs, 0))
+    if outputs <= _DENSE:
+        return np.linalg.eigh((change.T @ right + right.T @ change) / 2)[1][:, ::-1][:, :count]
+
+    def times(vector: Array) -> Array:
+        return (change.T @ (right @ vector) + right.T @ (change @ vector)) / 2
+
+    form = scipy.sparse.linalg.LinearOperator((outputs, outputs), matvec=times, dtype=np.float64)
+    values, vectors = scipy.sparse.linalg.eigsh(form, k=count, which="LA", v0=np.ones(outputs))
+    found: Array = vectors[:, np.argsort(-values)]
+    return found
 
 
 def _project(change: Array, top: Array) -> Array:

@@ -9,6 +9,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from itertools import product
@@ -21,7 +22,7 @@ from onnxcare.errors import ModelError
 from onnxcare.graph.layers import Layer
 from onnxcare.panel import Outcome
 from onnxcare.repair import closed_form
-from onnxcare.repair.base import Candidate, Found, Proposals
+from onnxcare.repair.base import Candidate, Found, Proposals, Values
 from onnxcare.repair.bench import Bench, changed
 
 Array = np.ndarray
@@ -35,6 +36,8 @@ _RANKS = (1, 2, 4, None)
 # Shares of a layer's rows that a small change touches.
 _ROWS = (0.02, 0.05, 0.2)
 _SEARCH_RANK = 4
+# A change of more bytes is not kept beside the others.
+_SOLVED_AGAIN = 8 << 20
 # Generations of CMA-ES, and the multiply-adds of forward passes that its candidates may take: about ten seconds on two
 # cores, so that larger networks get fewer.
 _GENERATIONS, _PER_GENERATION, _SEARCH_WORK = 60, 9, 2e11
@@ -42,8 +45,10 @@ _GENERATIONS, _PER_GENERATION, _SEARCH_WORK = 60, 9, 2e11
 
 @dataclass(frozen=True)
 class _Change:
+    """A change of a layer that was measured; of a large layer, it is solved for again when it is needed."""
+
     layer: Layer
-    change: Array
+    solve: Callable[[], Array]
     candidate: Candidate
 
 
@@ -72,9 +77,7 @@ def propose(case: Case) -> Proposals:
         "skipped": skipped,
         "cmaes_evaluations": evaluations,
     }
-    return Proposals(
-        [Found(item.candidate, partial(changed, case, item.layer, item.change)) for item in found], details
-    )
+    return Proposals([Found(item.candidate, partial(_values, case, item)) for item in found], details)
 
 
 def _scan(case: Case, layers: list[Layer]) -> tuple[list[tuple[Layer, Outcome]], dict[str, str]]:
@@ -88,7 +91,7 @@ def _scan(case: Case, layers: list[Layer]) -> tuple[list[tuple[Layer, Outcome]],
             continue
         try:
             regression = closed_form.accumulate(case.experiment, layer, fit.clean, fit)
-            changes = regression.solve(alpha=1.0, rho=1e-2, ranks=[None])
+            changes = list(regression.solve(alpha=1.0, rho=1e-2, ranks=[None]))
             outcome = Bench(case, layer).outcomes(unseen, changes)[0]
         except (ModelError, np.linalg.LinAlgError) as error:
             skipped[layer.name] = str(error)  # it is no candidate, but another layer may be
@@ -125,20 +128,33 @@ def _refine_best(case: Case, layers: list[Layer], skipped: dict[str, str]) -> li
 def _refine(case: Case, layer: Layer) -> list[_Change]:
     """Solve every setting on all repair samples and measure each on the validation part."""
     regression = closed_form.accumulate(case.experiment, layer, case.splits.repair, case.panel("repair"))
-    labels, changes = [], []
+    bench, validation = Bench(case, layer), case.panel("validation")
     reaching = any(item.stand_in for item in case.properties)
+    some = _some_rows(case, layer)
+    found: list[_Change] = []
+
+    def measure(label: str, change: Array, solve: Callable[[], Array]) -> None:
+        (outcome,) = bench.outcomes(validation, [change])
+        again = solve if change.nbytes > _SOLVED_AGAIN else partial(np.asarray, change)
+        found.append(_Change(layer, again, Candidate(f"{layer.name}: {label}", outcome)))
+
     for alpha, rho in product(_REACHING if reaching else _ALPHAS, _RHOS):
-        changes += regression.solve(alpha, rho, _RANKS)
-        labels += [f"alpha {alpha:g}, rho {rho:g}, rank {rank or 'full'}" for rank in _RANKS]
+        for rank, change in zip(_RANKS, regression.solve(alpha, rho, _RANKS), strict=True):
+            again = partial(_only, regression.solve, alpha, rho, rank)
+            measure(f"alpha {alpha:g}, rho {rho:g}, rank {rank or 'full'}", change, again)
         if rho == _RHOS[-1]:
-            some = _some_rows(case, layer)
-            changes += regression.solve_some(alpha, rho, some)
-            labels += [f"alpha {alpha:g}, rho {rho:g}, {rows} of {layer.matrix_shape[1]} rows" for rows in some]
-    outcomes = Bench(case, layer).outcomes(case.panel("validation"), changes)
-    return [
-        _Change(layer, change, Candidate(f"{layer.name}: {label}", outcome))
-        for label, change, outcome in zip(labels, changes, outcomes, strict=True)
-    ]
+            for rows, change in zip(some, regression.solve_some(alpha, rho, some), strict=True):
+                again = partial(_only, regression.solve_some, alpha, rho, rows)
+                measure(f"alpha {alpha:g}, rho {rho:g}, {rows} of {layer.matrix_shape[1]} rows", change, again)
+    return found
+
+
+def _only(solve: Callable[..., Iterator[Array]], alpha: float, rho: float, which: int | None) -> Array:
+    return next(solve(alpha, rho, [which]))
+
+
+def _values(case: Case, item: _Change) -> Values:
+    return changed(case, item.layer, item.solve())
 
 
 def _some_rows(case: Case, layer: Layer) -> list[int]:
@@ -152,7 +168,7 @@ def _some_rows(case: Case, layer: Layer) -> list[int]:
 
 def _search(case: Case, best: _Change, of_layer: list[_Change]) -> tuple[list[_Change], int]:
     """Search the span of the layer's directions from the closed-form point and from zero."""
-    basis, closed = _basis(best.change, [item.change for item in of_layer])
+    basis, closed = _basis(best.solve(), [item.solve() for item in of_layer])
     bench, panel = Bench(case, best.layer), case.panel("search")
     directions = bench.directions(panel, basis)
 
@@ -171,7 +187,7 @@ def _search(case: Case, best: _Change, of_layer: list[_Change]) -> tuple[list[_C
         change = sum(c * b for c, b in zip(run.best, basis, strict=True))
         outcome = bench.outcomes(case.panel("validation"), [change])[0]
         label = f"{best.layer.name}: CMA-ES over {len(basis)} directions from {start}"
-        found.append(_Change(best.layer, change, Candidate(label, outcome)))
+        found.append(_Change(best.layer, partial(np.asarray, change), Candidate(label, outcome)))
     return found, sum(run.evaluations for run in runs.values())
 
 

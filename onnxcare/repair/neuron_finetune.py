@@ -142,7 +142,7 @@ def _starts(case: Case, layer: Layer) -> dict[str, Array | None]:
     if fits and any(item.transplantable for item in case.properties):
         try:
             regression = closed_form.accumulate(case.experiment, layer, case.splits.repair, case.panel("repair"))
-            solved = [regression.solve(alpha, _RHO, _RANKS) for alpha in _ALPHAS]
+            solved = [list(regression.solve(alpha, _RHO, _RANKS)) for alpha in _ALPHAS]
             changes = [change for several in solved for change in several]
             ranks = [outcome.rank for outcome in Bench(case, layer).outcomes(case.panel("search"), changes)]
             starts["the closed form"] = changes[ranks.index(min(ranks))]

@@ -16,6 +16,7 @@ from onnxcare.graph.layers import Layer
 from onnxcare.panel import Panel
 from onnxcare.properties.backdoor import Backdoor
 from onnxcare.properties.base import Evidence
+from onnxcare.repair import closed_form
 from onnxcare.repair.closed_form import Aim, Regression, accumulate, effects
 from onnxcare.spec import BackdoorSpec, Keep
 
@@ -68,6 +69,14 @@ def test_no_change_of_the_same_rank_is_better():
         assert objective(scale * nearby, clean[0], bad[0], target[0], 1.0, 1e-2) >= best - 1e-12
 
 
+def test_a_large_layer_has_the_same_top_directions(monkeypatch):
+    sums, *_ = random_regression(np.random.default_rng(5))
+    expected = list(sums.solve(1.0, 1e-2, [1, 2, None]))
+    monkeypatch.setattr(closed_form, "_DENSE", 3)
+    for found, change in zip(sums.solve(1.0, 1e-2, [1, 2, None]), expected, strict=True):
+        np.testing.assert_allclose(found, change, atol=1e-10)
+
+
 def test_a_dead_input_leaves_the_system_solvable():
     rng = np.random.default_rng(3)
     clean, bad = rng.normal(size=(60, 7)), rng.normal(size=(40, 7))
@@ -96,7 +105,7 @@ def test_drift_of_clean_samples_is_made_good(alpha, rho):
         np.testing.assert_allclose(change[group], expected, atol=1e-10)
     still = Regression(sums.clean, sums.bad, sums.right, np.zeros_like(sums.right))
     without = Regression(sums.clean, sums.bad, sums.right)
-    np.testing.assert_array_equal(still.solve(alpha, rho, [None]), without.solve(alpha, rho, [None]))
+    np.testing.assert_array_equal(*(next(part.solve(alpha, rho, [None])) for part in (still, without)))
 
 
 @pytest.mark.parametrize("rows", [1, 3, 6])
@@ -128,7 +137,8 @@ def test_some_rows_are_refitted_by_themselves(rows):
 
 def test_all_rows_are_the_whole_change():
     sums, *_ = random_regression(np.random.default_rng(7), groups=2)
-    np.testing.assert_allclose(sums.solve_some(3.0, 1e-1, [7])[0], sums.solve(3.0, 1e-1, [None])[0], atol=1e-12)
+    some, full = (next(solve(3.0, 1e-1, [which])) for solve, which in ((sums.solve_some, 7), (sums.solve, None)))
+    np.testing.assert_allclose(some, full, atol=1e-12)
 
 
 @pytest.mark.parametrize("folder", [SQUARE, BLEND], ids=lambda path: path.name)

@@ -44,6 +44,18 @@ def file_scores(folder: Path, values, inputs) -> np.ndarray:
     return scores if folder == SQUARE else np.log(np.maximum(scores, 1e-30))
 
 
+def test_changes_of_a_large_layer_are_solved_for_again(monkeypatch):
+    case = sample_case()
+    layer = next(layer for layer in case.experiment.layers if layer.name == "/dense1/Gemm")
+    kept = directions._refine(case, layer)
+    monkeypatch.setattr(directions, "_SOLVED_AGAIN", 0)
+    again = directions._refine(case, layer)
+    assert [item.candidate for item in again] == [item.candidate for item in kept]
+    for one, other in zip(again, kept, strict=True):
+        assert one.solve is not other.solve
+        np.testing.assert_allclose(one.solve(), other.solve(), atol=1e-9)
+
+
 @pytest.mark.parametrize("folder", [SQUARE, BLEND], ids=lambda path: path.name)
 def test_the_patched_file_does_what_was_measured(folder):
     found = best(folder)
@@ -92,7 +104,8 @@ def test_a_larger_network_gets_fewer_generations(monkeypatch):
     monkeypatch.setattr(directions.cmaes, "minimise", run)
     layer = next(layer for layer in case.experiment.layers if layer.name == "/dense1/Gemm")
     shape = layer.matrix_shape
-    closed = directions._Change(layer, 0.01 * np.random.default_rng(1).normal(size=shape), change.candidate)
+    drawn = 0.01 * np.random.default_rng(1).normal(size=shape)
+    closed = directions._Change(layer, lambda: drawn, change.candidate)
     work = (
         case.experiment.multiply_adds
         * len(next(iter(case.panel("search").inputs.values())))
