@@ -57,6 +57,7 @@ class Backward:
         self._forward = Session(part, experiment.device, what=what)
         self._rows = experiment.rows_of(part)
         rows = _derivative_rows(self._rows)
+        experiment.make_room()
         self._gradients = Gradients(part, [tensor], experiment.logits, shapes, experiment.device, rows, what)
 
     def cache(self, inputs: Inputs) -> Activations:
@@ -120,6 +121,7 @@ class Network:
         shapes = {name: value.shape[1:] for name, value in zip(self._names, probe, strict=True)}
         rows = _derivative_rows(experiment.rows_of(part))
         wanted = [parameter.name for parameter in self.parameters]
+        experiment.make_room()
         self._gradients = WeightGradients(part, wanted, experiment.logits, shapes, experiment.device, rows, what)
 
     def cache(self, inputs: Inputs) -> Inputs:
@@ -192,6 +194,7 @@ class UnitSlopes:
             self._shapes |= {name(site.tensor): shape for name in (surgery.push_input, surgery.stretch_input)}
         rows = _derivative_rows(experiment.rows_of(part))
         wanted = list(self._shapes)
+        experiment.make_room()
         self._gradients = Gradients(
             part, wanted, experiment.logits, shapes | self._shapes, experiment.device, rows, what
         )

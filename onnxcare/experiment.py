@@ -25,16 +25,18 @@ from onnxcare.graph.parameters import Parameter, encode, read, tensor_at
 from onnxcare.graph.sites import Site, find_sites
 from onnxcare.graph.view import GraphView, attribute, operator
 from onnxcare.pool import Pool
-from onnxcare.runtime import Budget, Device, Session, in_threads
+from onnxcare.runtime import Budget, Device, Session, give_back_freed_memory, in_threads
 from onnxcare.suffix import Suffix
 
 Array = np.ndarray
 
 # The experiment copy must answer as the original does, up to rounding of fused operators.
 _TOLERANCE = 1e-4
-# Every session holds a copy of the weights it needs, so only the last ones are kept: so many bytes of them, or as many
-# as the model has.
+# Every session holds a copy of the weights it needs, so only the last ones are kept: so many bytes of them, or twice as
+# many as the model has.
 _KEPT = 64 << 20
+# Loading a model of more bytes is followed by a look after what it left behind.
+_LARGE = 16 << 20
 # So many samples tell the order of magnitude of the scores.
 _SCALED_BY = 1000
 # So many layers are named to whoever asks for one that is not there.
@@ -91,6 +93,7 @@ class Experiment:
         self.output = judged_output(model, output, decision)
         graph = surgery.import_graph(self.copy, str(model.path))
         self.logits, final = surgery.find_logits(graph, self.output, decision.finals)
+        self._inner: tuple[str, ...] = ()
         self._start_afresh()
         self.probe = _first(probe, 2)
         self._check_copy(probe)
@@ -180,8 +183,12 @@ class Experiment:
         names = sorted(tensors & reached - set(self.probe))
         lost = set()
         if names:
-            part = surgery.expose(self.copy, names, str(self.model.path))
-            lost = self._without_samples(Session(part, optimise=False, what=str(self.model.path)), names)
+            content = surgery.expose(self.copy, names, str(self.model.path)).SerializeToString()
+            session = Session(content, optimise=False, what=str(self.model.path))
+            del content
+            lost = self._without_samples(session, names)
+            del session
+            give_back_freed_memory()
 
         def refusal(layer: Layer) -> str | None:
             if layer.output not in reached:
@@ -193,6 +200,7 @@ class Experiment:
             wrong = next((reader for reader in site.readers if reader.input in lost), None)
             return site.refusal or (f"layer {wrong.name}: {_no_samples(wrong.input)}" if wrong else None)
 
+        self._inner = tuple(sorted({*names, self.logits} - lost - set(self.probe)))
         return (
             [replace(layer, refusal=refusal(layer)) for layer in layers],
             [replace(site, refusal=hindrance(site)) for site in sites if site.tensor in reached - lost],
@@ -229,16 +237,22 @@ class Experiment:
         return [inputs[name] if name in inputs else next(computed) for name in names]
 
     def _computed(self, names: tuple[str, ...], inputs: Inputs) -> list[Array]:
-        exposed = self._kept.get(("exposed", *names), lambda: self._expose(names))
-        return exposed.session.run_rows(self._fed(exposed.session, inputs), rows_per_run=exposed.rows)
+        # One session for each set of tensors is faster, as long as a session is no matter of memory.
+        together = self.copy.ByteSize() > _KEPT and set(names) <= set(self._inner)
+        shown = self._inner if together else names
+        exposed = self._kept.get(("exposed", *shown), lambda: self._expose(shown))
+        fed = self._fed(exposed.session, inputs)
+        return exposed.session.run_rows(fed, names, rows_per_run=exposed.rows)
 
     def _expose(self, names: tuple[str, ...]) -> _Exposed:
         part = surgery.expose(self.copy, names, str(self.model.path))
-        session = Session(part, self.device, what=str(self.model.path))
+        rows, content = self.rows_of(part), part.SerializeToString()
+        del part  # onnxruntime makes copies of its own
+        session = Session(content, self.device, what=str(self.model.path))
         lost = self._without_samples(session, names)
         if lost:
             raise ModelError(f"{self.model.path}: {_no_samples(sorted(lost)[0])}")
-        return _Exposed(session, self.rows_of(part), part.ByteSize())
+        return _Exposed(session, rows, len(content))
 
     def scores(self, inputs: Inputs, source: str = "the data") -> Array:
         """Return the scores [samples, classes]; `source` names the inputs in errors.
@@ -278,6 +292,12 @@ class Experiment:
         what = str(self.model.path)
         return Suffix(self, lambda: surgery.cut(self.copy, tensor, self.logits, one.shape[1:], kind, what, reader))
 
+    def make_room(self) -> None:
+        """Let go of the sessions of a large model, before something is made that takes as much again."""
+        if self.copy.ByteSize() > _LARGE:
+            self._kept.clear()
+            give_back_freed_memory()
+
     def once(self, key: tuple[str, ...], make: Callable[[], _Value]) -> _Value:
         """Return what was made under a key before, or make it: for what follows from the model alone."""
         if key not in self._facts:
@@ -285,7 +305,7 @@ class Experiment:
         return cast(_Value, self._facts[key])
 
     def _start_afresh(self) -> None:
-        self._kept = _Kept(max(_KEPT, self.copy.ByteSize()))
+        self._kept = _Kept(max(_KEPT, 2 * self.copy.ByteSize()))
         self._facts: dict[tuple[str, ...], object] = {}
 
     def first(self, rows: int) -> Inputs:
@@ -380,16 +400,23 @@ class _Kept:
         self._bound = bound
         self._items: dict[tuple[str, ...], Any] = {}
 
+    def clear(self) -> None:
+        """Keep nothing."""
+        self._items.clear()
+
     def get(self, key: tuple[str, ...], make: Callable[[], _Value]) -> _Value:
         """Return what is kept under a key, or make it and let go of what was not used for longest."""
         found: Any = self._items.pop(key, None)
-        found = make() if found is None else found
+        made = found is None
+        found = make() if made else found
         held = found.nbytes
         for other in list(reversed(self._items)):
             held += self._items[other].nbytes
             if held > self._bound:
                 del self._items[other]
         self._items[key] = found
+        if made and found.nbytes > _LARGE:
+            give_back_freed_memory()
         return cast(_Value, found)
 
 

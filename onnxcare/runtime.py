@@ -7,6 +7,7 @@ CUDA falls back to the CPU without a word where the driver is missing.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import functools
 import os
 import re
@@ -142,7 +143,21 @@ def _open(source: str | bytes, options: ort.SessionOptions, device: Device) -> o
     """Make a session, without the fallback that prints to standard output and goes on with another provider."""
     import onnxruntime as ort
 
-    return ort.InferenceSession(source, options, _PROVIDERS[device], enable_fallback=0)
+    session = ort.InferenceSession(source, options, _PROVIDERS[device], enable_fallback=0)
+    # It would keep a model in memory for a fallback that is turned off; what is fed is read only once.
+    session._model_bytes = None
+    return session
+
+
+def give_back_freed_memory() -> None:
+    """Hand what was freed back to the system: loading a model leaves several times its size behind in the heap."""
+    with contextlib.suppress(OSError, AttributeError):  # other C libraries do it by themselves, or not at all
+        _c_library().malloc_trim(0)
+
+
+@functools.cache
+def _c_library() -> ctypes.CDLL:
+    return ctypes.CDLL(None)
 
 
 class Session:
@@ -247,16 +262,21 @@ class Session:
         exact = bool(fixed)
         step = fixed.pop() if fixed else rows_per_run
         total = len(next(iter(feeds.values())))
-        parts: list[list[Array]] = []
+        if not total:
+            raise DataError(f"{self.name}: no rows to run on")
+        whole: list[Array] = []
         for rows in batches(total, step):
             part = {name: values[rows] for name, values in feeds.items()}
-            short = step - (rows.stop - rows.start)
-            if exact and short:
-                part = {k: np.concatenate([v, np.repeat(v[-1:], short, 0)]) for k, v in part.items()}
-            parts.append([out[: rows.stop - rows.start] for out in self.run(part, outputs)])
-        if not parts:
-            raise DataError(f"{self.name}: no rows to run on")
-        return [np.concatenate(column) for column in zip(*parts, strict=True)]
+            here = rows.stop - rows.start
+            if exact and here < step:
+                part = {k: np.concatenate([v, np.repeat(v[-1:], step - here, 0)]) for k, v in part.items()}
+            answers = self.run(part, outputs)
+            if here == total:
+                return [answer[:here] for answer in answers]
+            whole = whole or [np.empty((total, *answer.shape[1:]), answer.dtype) for answer in answers]
+            for everything, answer in zip(whole, answers, strict=True):
+                everything[rows] = answer[:here]
+        return whole
 
 
 def cores() -> int:

@@ -59,18 +59,16 @@ class Suffix:
     def __init__(self, experiment: Experiment, make: Callable[[], surgery.Cut]) -> None:
         """Load the part behind a cut of the experiment's copy, which `make` makes."""
         cut = make()
-        one = experiment.tensors([cut.tensor, *cut.boundary], experiment.first(1))
-        what = str(experiment.model.path)
-        self._experiment = experiment
-        self._boundary = cut.boundary
+        self._experiment, self._boundary, self.tensor = experiment, cut.boundary, cut.tensor
+        self.rows, content = experiment.rows_of(cut.suffix), cut.suffix.SerializeToString()
+        del cut  # onnxruntime makes copies of its own
         # Runs go side by side, one thread each.
-        session = Session(cut.suffix, experiment.device, what=what, threads=1)
+        session = Session(content, experiment.device, what=str(experiment.model.path), threads=1)
+        self.nbytes = len(content)
         self.part = Part(session, lambda: make().suffix.SerializeToString())
+        one = experiment.tensors([self.tensor, *self._boundary], experiment.first(1))
         self._sample_bytes = sum(value.nbytes for value in one)
         self._family: Family | None = None
-        self.tensor = cut.tensor
-        self.rows = experiment.rows_of(cut.suffix)
-        self.nbytes = cut.suffix.ByteSize()
 
     # -- what it needs of the samples ------------------------------------------------------------
 

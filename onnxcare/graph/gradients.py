@@ -93,8 +93,11 @@ class _Derivative(ABC):
         _check_paths(fitted, self._wanted, output)
         derivative = _reversed(fitted, self._wanted, output)
         _hold(derivative, heavy)
-        self._reverse = _session(derivative, device, what)
-        self._try(shapes, {tensor.name: numpy_helper.to_array(tensor) for tensor in fed})
+        content = derivative.SerializeToString()
+        tried = {tensor.name: numpy_helper.to_array(tensor) for tensor in fed}
+        del answering, known, fed, heavy, fitted, derivative  # onnxruntime makes copies of its own
+        self._reverse = _session(content, device, what)
+        self._try(shapes, tried)
 
     @abstractmethod
     def _answers(self, feeds: Mapping[str, Array]) -> Array:
@@ -292,7 +295,7 @@ class WeightGradients(_Derivative):
             yield rows, {name: feeds[name][rows] for name in self._names}
 
 
-def _session(part: onnx.ModelProto, device: Device, what: str) -> Session:
+def _session(part: onnx.ModelProto | bytes, device: Device, what: str) -> Session:
     try:
         return Session(part, device, what=what)
     except ModelError as error:
@@ -304,21 +307,40 @@ def _session(part: onnx.ModelProto, device: Device, what: str) -> Session:
 
 def _pruned(model: onnx.ModelProto, outputs: Iterable[str]) -> onnx.ModelProto:
     """Return a copy that computes these outputs and nothing else; onnxruntime would run nodes that nobody reads."""
-    copy = onnx.ModelProto()
-    copy.CopyFrom(model)
-    graph = copy.graph
     needed, kept = set(outputs), []
     for node in reversed(model.graph.node):
         if needed.intersection(node.output):
             kept.append(node)
             needed |= _reads(node)
+    copy = _with_initializers(model, (tensor for tensor in model.graph.initializer if tensor.name in needed))
+    graph = copy.graph
     _replace(graph.node, reversed(kept))
-    _replace(graph.initializer, (tensor for tensor in model.graph.initializer if tensor.name in needed))
     held = {tensor.name for tensor in graph.initializer} | {t.values.name for t in graph.sparse_initializer}
     _replace(graph.input, (info for info in model.graph.input if info.name in needed - held))
     _replace(graph.output, (onnx.ValueInfoProto(name=name) for name in outputs))
     # IR 3 wants every initializer among the inputs, where it would be no constant.
     copy.ir_version = max(copy.ir_version, 4)
+    return copy
+
+
+def _with_initializers(model: onnx.ModelProto, kept: Iterable[onnx.TensorProto]) -> onnx.ModelProto:
+    """Return a copy with some of the initializers; the others are not even copied, for they may be large."""
+    copy = onnx.ModelProto()
+    for field, value in model.ListFields():
+        if field.name == "graph":
+            continue
+        if field.is_repeated:
+            getattr(copy, field.name).extend(value)
+        else:
+            setattr(copy, field.name, value)
+    for field, value in model.graph.ListFields():
+        if field.name == "initializer":
+            continue
+        if field.is_repeated:
+            getattr(copy.graph, field.name).extend(value)
+        else:
+            setattr(copy.graph, field.name, value)
+    copy.graph.initializer.extend(kept)
     return copy
 
 
@@ -334,11 +356,11 @@ def _is_heavy(tensor: onnx.TensorProto) -> bool:
 
 
 def _feeding(model: onnx.ModelProto, weights: Iterable[onnx.TensorProto]) -> onnx.ModelProto:
-    """Return a copy that takes some of its initializers as inputs."""
+    """Return the model with some of its initializers as inputs."""
     fed = {tensor.name: tensor for tensor in weights}
-    copy = onnx.ModelProto()
-    copy.CopyFrom(model)
-    _replace(copy.graph.initializer, [tensor for tensor in model.graph.initializer if tensor.name not in fed])
+    if not fed:
+        return model
+    copy = _with_initializers(model, (tensor for tensor in model.graph.initializer if tensor.name not in fed))
     info = onnx.helper.make_tensor_value_info
     copy.graph.input.extend(info(tensor.name, tensor.data_type, tensor.dims) for tensor in fed.values())
     return copy

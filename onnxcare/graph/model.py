@@ -35,19 +35,29 @@ class Model:
 
     Attributes:
         path: the file.
-        data: its bytes.
-        proto: the parsed bytes; external data is left where it is.
-        sha256: hex fingerprint of `data`.
+        proto: what it holds; external data is left where it is.
+        sha256: hex fingerprint of its bytes.
         inputs: what must be fed (initializers that are listed as inputs are not).
         outputs: what it answers.
     """
 
     path: Path
-    data: bytes = field(repr=False)
     proto: onnx.ModelProto = field(repr=False)
     sha256: str
     inputs: tuple[Signature, ...]
     outputs: tuple[Signature, ...]
+
+    @property
+    def data(self) -> bytes:
+        """The bytes of the file, read again: held all the time, they would double what a model takes.
+
+        Raises:
+            ModelError: the file is gone, or not the same any more.
+        """
+        data = _bytes(self.path)
+        if hashlib.sha256(data).hexdigest() != self.sha256:
+            raise ModelError(f"{self.path}: the file has changed since it was read; run again")
+        return data
 
     @property
     def opset(self) -> int:
@@ -68,14 +78,7 @@ def load_model(path: str | Path) -> Model:
             onnxruntime cannot load it.
     """
     path = Path(path)
-    try:
-        data = path.read_bytes()
-    except FileNotFoundError:
-        raise ModelError(f"{path}: no such file") from None
-    except IsADirectoryError:
-        raise ModelError(f"{path}: is a folder; name the .onnx file in it") from None
-    except OSError as error:
-        raise ModelError(f"{path}: cannot be read: {error.strerror}") from None
+    data = _bytes(path)
     if not data:
         raise ModelError(f"{path}: the file is empty")
     try:
@@ -86,15 +89,27 @@ def load_model(path: str | Path) -> Model:
         raise ModelError(f"{path}: not an ONNX model: it holds no graph with nodes")
     _check_external_data(path, proto)
     _check_values(path, proto)
+    sha256 = hashlib.sha256(data).hexdigest()
+    del data
     session = Session(path, optimise=False)
     return Model(
         path=path,
-        data=data,
         proto=proto,
-        sha256=hashlib.sha256(data).hexdigest(),
+        sha256=sha256,
         inputs=tuple(Signature(n, numpy_dtype(t), s) for n, t, s in session.inputs),
         outputs=tuple(Signature(n, numpy_dtype(t), s) for n, t, s in session.outputs),
     )
+
+
+def _bytes(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except FileNotFoundError:
+        raise ModelError(f"{path}: no such file") from None
+    except IsADirectoryError:
+        raise ModelError(f"{path}: is a folder; name the .onnx file in it") from None
+    except OSError as error:
+        raise ModelError(f"{path}: cannot be read: {error.strerror}") from None
 
 
 def check_same_signature(model: Model, other: Model) -> None:
