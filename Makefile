@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 PYTHON ?= $(shell for p in python3 python3.14 python3.13 python3.12 python3.11 python; do \
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
 
-.PHONY: demo test test-slow bench bench-repair lint format clean
+.PHONY: demo test test-slow bench bench-samples bench-repair lint format clean
 
 demo: $(VENV)/.installed
 	$(BIN)/onnxcare demo
@@ -17,7 +17,10 @@ test: $(VENV)/.installed-test
 test-slow: $(VENV)/.installed-test
 	$(BIN)/python -m pytest -m slow
 
-bench: $(VENV)/.installed
+bench: $(VENV)/.installed-bench
+	$(BIN)/python -m benchmarks.speed
+
+bench-samples: $(VENV)/.installed
 	$(BIN)/python benchmarks/samples.py
 
 bench-repair: $(VENV)/.installed
@@ -45,4 +48,8 @@ $(VENV)/.installed: pyproject.toml | $(BIN)/python
 
 $(VENV)/.installed-test: pyproject.toml | $(BIN)/python
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable ".[test]"
+	@touch $@ $(VENV)/.installed
+
+$(VENV)/.installed-bench: pyproject.toml | $(BIN)/python
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable ".[bench]"
 	@touch $@ $(VENV)/.installed

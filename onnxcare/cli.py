@@ -217,8 +217,6 @@ def fix(
 @_seed
 @_device
 @_memory
-@_scheduler
-@_workers
 @click.pass_context
 def check(
     context: click.Context,
@@ -282,6 +280,8 @@ def check(
 @_seed
 @_device
 @_memory
+@_scheduler
+@_workers
 def locate(
     model: Path,
     spec: Path,

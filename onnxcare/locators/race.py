@@ -19,7 +19,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import scipy.stats
+import scipy.special
 
 Array = np.ndarray
 
@@ -180,7 +180,7 @@ class _Track:
         if self._seen < len(self._order):
             # Of a finite population, so many have been seen.
             error = behind.std(axis=1, ddof=1) * np.sqrt((1 - self._seen / len(self._order)) / self._seen)
-            stays = behind.mean(axis=1) <= scipy.stats.t.ppf(1 - self._level, self._seen - 1) * error
+            stays = behind.mean(axis=1) <= scipy.special.stdtrit(self._seen - 1, 1 - self._level) * error
         stays[ranked[: self._top]] = True
         return stays
 

@@ -36,6 +36,8 @@ _RANKS = (1, 2, 4, None)
 # Shares of a layer's rows that a small change touches.
 _ROWS = (0.02, 0.05, 0.2)
 _SEARCH_RANK = 4
+# Solving for more takes minutes on two cores, over all settings.
+_MANY_FEATURES = 2048
 # A change of more bytes is not kept beside the others.
 _SOLVED_AGAIN = 8 << 20
 # Generations of CMA-ES, and the multiply-adds of forward passes that its candidates may take: about ten seconds on two
@@ -112,7 +114,8 @@ def _refine_best(case: Case, layers: list[Layer], skipped: dict[str, str]) -> li
     found: list[_Change] = []
     refined = 0
     for layer in layers:
-        if refined == _REFINED_LAYERS:
+        settled = any(item.candidate.outcome.comfortable for item in found)
+        if refined == _REFINED_LAYERS or (settled and _takes_long(layer)):
             break
         case.progress(f"refining {layer.name}")
         try:
@@ -123,6 +126,11 @@ def _refine_best(case: Case, layers: list[Layer], skipped: dict[str, str]) -> li
     if not found:
         raise _nothing_left(case, skipped)
     return found
+
+
+def _takes_long(layer: Layer) -> bool:
+    """Return whether solving for a layer is a matter of minutes, so that it has to be worth it."""
+    return layer.features > _MANY_FEATURES
 
 
 def _refine(case: Case, layer: Layer) -> list[_Change]:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import pickle
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from graph.models import Array, Reference, Subject, build, random, run_single, save
@@ -27,6 +30,31 @@ def assert_close(found: Array, expected: Array, tolerance: float = 1e-5) -> None
     assert found.shape == expected.shape
     scale = max(1.0, float(np.abs(expected).max()))
     np.testing.assert_allclose(found / scale, expected / scale, rtol=0, atol=tolerance)
+
+
+def assert_identical(found: Array, expected: Array) -> None:
+    """Check that two arrays are the same to the last bit."""
+    assert (found.dtype, found.shape, found.tobytes()) == (expected.dtype, expected.shape, expected.tobytes())
+
+
+class Sent:
+    """A pool that runs every job here and on a runner that travelled, once and twice, and finds them identical."""
+
+    def __init__(self) -> None:
+        self.jobs = 0
+
+    def share(self, runner: Callable[..., Array], jobs: Sequence[tuple[Any, ...]]) -> list[Array]:
+        answers = [runner(*job) for job in jobs]
+        away = runner
+        for _ in range(2):
+            away = pickle.loads(pickle.dumps(away))
+            opened = away._part.session
+            assert opened is not runner._part.session and opened.name == runner._part.session.name
+            assert opened._session.get_session_options().intra_op_num_threads == 1
+            for job, answer in zip(jobs, answers, strict=True):
+                assert_identical(away(*job), answer)
+        self.jobs += len(jobs)
+        return answers
 
 
 def assert_cuts(subject: Subject, folder: Path, boundary: dict[str, set[str]] | None = None) -> Experiment:

@@ -272,7 +272,7 @@ def test_values_inside_and_outside_are_refused_by_name(tmp_path: Path) -> None:
 def test_values_of_the_wrong_shape_are_a_defect() -> None:
     proto = initializers()
     layer = layer_of(proto)
-    model = Model(Path("model.onnx"), proto.SerializeToString(), proto, "", (), ())
+    model = Model(Path("model.onnx"), proto, "", (), ())
     with pytest.raises(ValueError, match=r"W: \(4, 6\) does not fit \(6, 4\)"):
         Patch({layer.weight: W.T}).apply(model)
 

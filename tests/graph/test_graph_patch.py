@@ -338,3 +338,19 @@ def test_text_and_bytes_are_written_as_they_are(tmp_path, content):
     write_atomically(path, content)
     assert path.read_bytes() == (content.encode("utf-8") if isinstance(content, str) else content)
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_file_that_has_changed_since_it_was_read_is_not_patched(tmp_path: Path) -> None:
+    model = save(simple(), tmp_path)
+    patch = Patch({parameter: moved(model, parameter) for parameter in parameters_of(model)})
+    whole = patch.apply(model)
+    model.path.write_bytes(whole)
+    for read_again in (lambda: model.data, lambda: patch.apply(model)):
+        with pytest.raises(ModelError, match=r"model\.onnx: the file has changed since it was read; run again$"):
+            read_again()
+    assert model.path.read_bytes() == whole
+    model.path.unlink()
+    with pytest.raises(ModelError, match=r"model\.onnx: no such file$"):
+        patch.apply(model)
+    save(simple(), tmp_path)  # as it was
+    assert patch.apply(model) == whole

@@ -22,7 +22,7 @@ WHAT = "model.onnx"
 def held(proto: onnx.ModelProto) -> Model:
     """A model whose file does not matter."""
     inputs = tuple(Signature(name, None, shape) for name, _, shape in Session(proto, optimise=False).inputs)
-    return Model(Path(WHAT), proto.SerializeToString(), proto, "", inputs, ())
+    return Model(Path(WHAT), proto, "", inputs, ())
 
 
 def feeds(part: onnx.ModelProto, values: Mapping[str, Array]) -> dict[str, Array]:

@@ -255,13 +255,13 @@ def test_location_tells_how_far_votes_for_weights_got():
         LayerVotes(located, 64, 6, 1_000, 200, 0.4, False),
         LayerVotes("nothing", 5, 0, 20, 0, 0.0, True),
     ]
-    shown = printed(text.show_location, Location(None, "differential votes", [], [], votes))
+    shown = printed(text.show_location, Location(None, "differential votes", [], [], votes, None))
     assert "Weights that had to go for the right answer, by layer" in shown
     assert row(shown, "first") == ["[red]first[/nothing]", "12,544", "1,096", "19 of 20", "0.12%", "gradient"]
     assert row(shown, located) == [located, "64", "6", "200 of 1000", "40.00%", "interventions"]
     # A share of nothing is none.
     assert row(shown, "nothing  ") == ["nothing", "5", "0", "0 of 20", "", "gradient"]
-    assert "by layer" not in printed(text.show_location, Location(None, "interchange effect", [], [], []))
+    assert "by layer" not in printed(text.show_location, Location(None, "interchange effect", [], [], [], None))
 
 
 def test_restored_triggers_stand_in_front_of_the_conclusion(fix):
