@@ -111,11 +111,12 @@ def locate(
         values: how many evenly spaced values each unit is forced to.
         method: `causal`, `interchange` or `differential`, which also votes for the single weights of every layer;
             `auto` lets all of them compete.
-        top: how many units are looked for; only they are measured on all samples with all values.
+        top: how many units are looked for. Where the full table would take long, units race for these places, and
+            only those still in contention are measured on more and more samples.
         confidence: the probability with which none of them is missed, as far as samples decide.
         exact: measure all units in full, and take nothing for granted.
         pool: who else runs families of interventions: a `onnxcare.Pool` around any `concurrent.futures.Executor`. The
-            result is the same, to the last bit.
+            result is the same, on processors of one kind to the last bit.
         progress: told in a few words what is being done.
 
     Raises:
@@ -223,7 +224,7 @@ def fix(
         layers: names of the layers that may be changed, or patterns such as `block3*`; none for all.
         max_changed: at most so many values may be changed; None for no limit.
         pool: who else runs families of interventions: a `onnxcare.Pool` around any `concurrent.futures.Executor`. The
-            result is the same, to the last bit.
+            result is the same, on processors of one kind to the last bit.
         progress: told in a few words what is being done.
 
     Raises:
@@ -256,6 +257,7 @@ def fix(
             "shows; give more data, or another seed"
         )
     found = run_method(case)
+    case.experiment.make_room()
     patch = Patch(found.values)
     data = patch.apply(loaded)
     entries = _provenance(setup, found)

@@ -1,7 +1,7 @@
 """The command line: parse, call the API, print, exit. Results go to standard output, everything else to standard error.
 
 Exit codes: 0 repaired or passed, 1 not repaired or a property fails, 2 wrong usage or spec, 3 model or data that cannot
-be used, 4 internal error, 130 interrupted.
+be used, 4 internal error, 5 workers lost, 130 interrupted.
 """
 
 from __future__ import annotations

@@ -32,8 +32,8 @@ Array = np.ndarray
 
 # The experiment copy must answer as the original does, up to rounding of fused operators.
 _TOLERANCE = 1e-4
-# Every session holds a copy of the weights it needs, so only the last ones are kept: so many bytes of them, or twice as
-# many as the model has.
+# Every session holds a copy of the weights it needs, so only the last ones are kept: so many bytes of them, or as many
+# as the model has, of suffixes half of it.
 _KEPT = 64 << 20
 # Loading a model of more bytes is followed by a look after what it left behind.
 _LARGE = 16 << 20
@@ -240,7 +240,7 @@ class Experiment:
         # One session for each set of tensors is faster, as long as a session is no matter of memory.
         together = self.copy.ByteSize() > _KEPT and set(names) <= set(self._inner)
         shown = self._inner if together else names
-        exposed = self._kept.get(("exposed", *shown), lambda: self._expose(shown))
+        exposed = self._exposed.get(shown, lambda: self._expose(shown))
         fed = self._fed(exposed.session, inputs)
         return exposed.session.run_rows(fed, names, rows_per_run=exposed.rows)
 
@@ -285,7 +285,7 @@ class Experiment:
             kind: `affine`, `span` or `sweep`, see `graph.surgery`.
             reader: the layer that writes the tensor, for `sweep`.
         """
-        return self._kept.get((kind, tensor), lambda: self._cut(tensor, kind, reader))
+        return self._suffixes.get((kind, tensor), lambda: self._cut(tensor, kind, reader))
 
     def _cut(self, tensor: str, kind: str, reader: Layer | None) -> Suffix:
         (one,) = self.tensors([tensor], self.first(1))
@@ -295,7 +295,8 @@ class Experiment:
     def make_room(self) -> None:
         """Let go of the sessions of a large model, before something is made that takes as much again."""
         if self.copy.ByteSize() > _LARGE:
-            self._kept.clear()
+            self._exposed.clear()
+            self._suffixes.clear()
             give_back_freed_memory()
 
     def once(self, key: tuple[str, ...], make: Callable[[], _Value]) -> _Value:
@@ -305,7 +306,8 @@ class Experiment:
         return cast(_Value, self._facts[key])
 
     def _start_afresh(self) -> None:
-        self._kept = _Kept(max(_KEPT, 2 * self.copy.ByteSize()))
+        size = self.copy.ByteSize()
+        self._exposed, self._suffixes = _Kept(max(_KEPT, size)), _Kept(max(_KEPT, size // 2))
         self._facts: dict[tuple[str, ...], object] = {}
 
     def first(self, rows: int) -> Inputs:

@@ -133,7 +133,7 @@ class Location:
         units: the live units; those that a race left out at once are missing.
         sites: the sites.
         layers: votes for single weights, where differential localisation was asked for.
-        race: how the units raced; None where all were measured in full.
+        race: how the units raced; None where they did not in this ranking.
     """
 
     run: Run

@@ -3,7 +3,8 @@
 Where all that reads a site is one linear layer, setting a unit changes the layer's output by what that unit alone
 brings to it (one row of a product, one input channel of a convolution). So the graph is cut behind the layer, whose
 output is computed once per data set, and an intervention takes one contribution out and puts another one in: the layer
-itself never runs again. Where a skip connection or another operator reads the site too, the graph is cut at the site.
+itself never runs again. This is exact up to the rounding of the layer's output. Where a skip connection or another
+operator reads the site too, the graph is cut at the site.
 """
 
 from __future__ import annotations
@@ -166,9 +167,12 @@ class Reader:
         return None if features is None else cls(layer, layer.matrix(experiment.read(layer.weight), None), features)
 
     def feeds(self, read: Array, units: Array, values: Array) -> tuple[Array, Array, Array]:
-        """Return what units hold, [.., N at axis `samples_axis`, ..], their weights, and the shifts that values bring.
+        """Return what units hold, their weights, and the shifts that values bring: inputs of a `sweep` suffix.
 
-        See `graph.surgery` for the shapes; a convolution takes one unit at a time.
+        Args:
+            read: what the layer reads, [N, ...].
+            units: [U]; a convolution takes one at a time.
+            values: [U, V].
         """
         features = self._features[units]
         if self.layer.convolution is None:

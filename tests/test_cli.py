@@ -30,6 +30,7 @@ from helpers import (
     weights,
     write_case,
 )
+from workers import free_port
 
 from onnxcare import cli, locators, repair
 from onnxcare._version import __version__
@@ -92,9 +93,11 @@ def test_help_names_every_command_and_option() -> None:
     assert {"fix", "check", "locate", "inspect", "demo"} <= set(onnxcare("--help").stdout.split())
     for option in ("--spec", "--output", "--in-place", "--method", "--best-effort", "--json", "--seed", "--memory"):
         assert option in onnxcare("fix", "--help").stdout
-    for option in ("--locator", "--layers", "--max-changed", *cli.METHODS, *cli.LOCATORS):
+    for option in ("--locator", "--layers", "--max-changed", "--scheduler", "--workers", *cli.METHODS, *cli.LOCATORS):
         assert option in onnxcare("fix", "--help").stdout
-    for option in ("--spec", "--samples", "--values", "--method", *cli.LOCATORS):
+    for option in ("--spec", "--samples", "--values", "--method", "--top", "--confidence", "--exact", *cli.LOCATORS):
+        assert option in onnxcare("locate", "--help").stdout
+    for option in ("--scheduler", "--workers"):
         assert option in onnxcare("locate", "--help").stdout
     for option in ("--spec", "--output", "--format", "--baseline", "--seed", "--device", "--memory", *cli.FORMATS):
         assert option in onnxcare("check", "--help").stdout
@@ -270,6 +273,27 @@ def test_a_bad_repair_is_not_written(tiny: Paths, monkeypatch: pytest.MonkeyPatc
     assert result.exit_code == 1
     assert "fail" in result.stdout
     assert contents(tiny.folder) == before
+
+
+@pytest.mark.parametrize("where", [["-o", "repaired.onnx"], ["--in-place"]])
+def test_a_model_that_changes_during_a_repair_is_left_alone(
+    tiny: Paths, monkeypatch: pytest.MonkeyPatch, where: list[str]
+) -> None:
+    from onnxcare.repair import auto
+
+    method = auto.repair
+
+    def meanwhile(case):
+        tiny.edit_model(lambda proto: proto.metadata_props.add(key="edited", value="by somebody else"))
+        edited.update(contents(tiny.folder))
+        return method(case)
+
+    monkeypatch.setattr(auto, "repair", meanwhile)
+    monkeypatch.chdir(tiny.folder)
+    edited: dict[str, bytes | None] = {}
+    result = onnxcare("fix", "model.onnx", "--spec", "care.yaml", "--device", "cpu", *where)
+    check_refusal(result, 3, "model.onnx: the file has changed since it was read; run again")
+    assert edited and contents(tiny.folder) == edited
 
 
 def test_best_effort_writes_what_is_not_good(tiny: Paths) -> None:
@@ -546,6 +570,46 @@ def test_locate_by_one_locator(tiny: Paths, method: str, name: str) -> None:
     assert "by layer" not in onnxcare(*args).stdout
 
 
+def located(paths: Paths, *args: object) -> dict:
+    """Return what `onnxcare locate` prints as JSON."""
+    result = onnxcare("locate", paths.model, "--spec", paths.spec, "--device", "cpu", "--json", *args)
+    assert result.exit_code == 0 and result.stderr == "", result.output
+    return json.loads(result.stdout)
+
+
+def test_units_of_a_small_model_do_not_race(tiny: Paths) -> None:
+    plain, exact = located(tiny), located(tiny, "--top", 3, "--exact")
+    assert plain == exact
+    assert exact["race"] is None
+    assert len(exact["units"]) > 3
+    assert {unit["cases"] for unit in exact["units"]} == {128}
+    assert {unit["cases"] for unit in located(tiny, "--exact", "--samples", 20)["units"]} == {20}
+
+
+def test_units_race_where_measuring_all_of_them_takes_long(tiny: Paths, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("onnxcare.locators.select._NO_RACE", 0)
+    args = ("--top", 1, "--confidence", 0.9, "--method", "interchange")
+    found = located(tiny, *args)
+    # The three units that carry the backdoor do the same, so they go on until all cases are in.
+    rounds = [{"units": 16, "cases": 8}, *({"units": 3, "cases": cases} for cases in (16, 32, 64, 128))]
+    assert found["race"] == {"top": 1, "confidence": 0.9, "screened": False, "rounds": rounds}
+    cases = {(unit["site"], unit["unit"]): unit["cases"] for unit in found["units"]}
+    assert cases == {("hidden", unit): 128 if unit in CARRIERS else 8 for unit in range(16)}
+    shown = onnxcare("locate", tiny.model, "--spec", tiny.spec, "--device", "cpu", *args)
+    assert "Raced for the top 1 at 0.9 confidence (units on cases: 16 on 8, 3 on 16, " in shown.stdout
+    assert located(tiny, *args, "--exact")["race"] is None
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [("--confidence", "1.5"), ("--confidence", "1"), ("--confidence", "0"), ("--top", "0"), ("--workers", "0")],
+)
+def test_options_of_locate_out_of_range(tiny: Paths, option: str, value: str) -> None:
+    result = onnxcare("locate", tiny.model, "--spec", tiny.spec, option, value)
+    assert result.exit_code == 2 and result.stdout == ""
+    assert result.stderr.splitlines()[-1].startswith(f"Error: Invalid value for '{option}': {value}")
+
+
 def test_inspect(tiny: Paths) -> None:
     result = onnxcare("inspect", tiny.model, "--json")
     found = json.loads(result.stdout)
@@ -573,6 +637,49 @@ def test_fix_without_a_trigger_says_where_the_restored_one_lies(tmp_path: Path) 
     line = f"restored patch of class {hidden.TARGET}: {file}, shown in {file.with_suffix('.png')}"
     assert line.replace(" ", "") in shown
     assert "repaired in" in result.stdout.splitlines()[-1]
+
+
+# -- workers -------------------------------------------------------------------------------------
+
+
+@pytest.fixture(params=["fix", "locate"])
+def command(request: pytest.FixtureRequest, tiny: Paths) -> list[object]:
+    """A command that can be shared with workers."""
+    output = ["-o", tiny.out] if request.param == "fix" else []
+    return [request.param, tiny.model, "--spec", tiny.spec, "--device", "cpu", *output]
+
+
+def test_a_scheduler_and_workers_of_ones_own_are_one_too_many(tiny: Paths, command: list[object]) -> None:
+    before = contents(tiny.folder)
+    result = onnxcare(*command, "--scheduler", "tcp://127.0.0.1:8786", "--workers", 2)
+    check_refusal(result, 2, "give either --scheduler or --workers")
+    assert len(result.stderr.splitlines()) == 1
+    assert contents(tiny.folder) == before
+
+
+@pytest.mark.parametrize("address", ["localhost", "127.0.0.1:8786", "http://127.0.0.1:8786"])
+def test_the_address_of_a_scheduler_has_a_form(tiny: Paths, command: list[object], address: str) -> None:
+    before = contents(tiny.folder)
+    check_refusal(onnxcare(*command, "--scheduler", address), 2, f"{address}: ", "such as tcp://host:8786")
+    assert contents(tiny.folder) == before
+
+
+def test_a_scheduler_that_does_not_answer_is_named(
+    tiny: Paths, command: list[object], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("onnxcare.cluster._TIMEOUT", 1)
+    before = contents(tiny.folder)
+    address = f"tcp://127.0.0.1:{free_port()}"
+    result = onnxcare(*command, "--scheduler", address)
+    check_refusal(result, 2, f"{address}: no dask scheduler answers there")
+    assert len(result.stderr.splitlines()) == 1
+    assert contents(tiny.folder) == before
+
+
+@pytest.mark.parametrize("option", ["--scheduler", "--workers"])
+def test_a_check_is_not_shared(tiny: Paths, option: str) -> None:
+    result = check(tiny, option, "2")
+    assert result.exit_code == 2 and "No such option" in result.stderr
 
 
 # -- defects, interrupts and the world outside ---------------------------------------------------

@@ -2,26 +2,46 @@
 
 from __future__ import annotations
 
+import functools
+import threading
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
 import onnxruntime as ort
 import pytest
 from graph.models import SUBJECTS, Array, Reference, Subject, build, random, residual, run, save
-from graph.operating import PLENTY, SIZE, W1, W3, assert_close, assert_cuts, dense_subject, operate, original
+from graph.operating import (
+    PLENTY,
+    SIZE,
+    W1,
+    W3,
+    Sent,
+    assert_close,
+    assert_cuts,
+    assert_identical,
+    dense_subject,
+    operate,
+    original,
+)
 from onnx import helper
 
+from onnxcare import experiment as experiments
+from onnxcare import runtime
 from onnxcare.decision import Decision
 from onnxcare.errors import ModelError, SpecError, UsageError
-from onnxcare.experiment import Experiment, judged_output
+from onnxcare.experiment import Experiment, _Kept, judged_output
+from onnxcare.graph import surgery
 from onnxcare.graph.layers import Layer
 from onnxcare.graph.model import load_model
 from onnxcare.graph.parameters import Parameter, read
 from onnxcare.graph.patch import Patch
 from onnxcare.graph.sites import Site
-from onnxcare.suffix import Activations, Suffix
+from onnxcare.runtime import Session
+from onnxcare.suffix import Activations, Family, Suffix
 
 
 class Table:
@@ -303,6 +323,240 @@ def test_a_suffix_is_made_once(table: Table) -> None:
     tensor = table.cuts[0]
     assert table.experiment.suffix(tensor, "affine") is table.experiment.suffix(tensor, "affine")
     assert table.experiment.suffix(tensor, "affine") is not table.experiment.suffix(tensor, "span")
+
+
+# -- side by side --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", SUBJECTS)
+def test_a_family_that_travels_answers_the_same(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    subject = SUBJECTS[name]()
+    experiment, x = operate(subject, tmp_path), subject.samples(SIZE)
+    monkeypatch.setattr(experiment, "rows_of", lambda part: 5)
+    tensors = [layer.output for layer in experiment.layers] + [site.tensor for site in experiment.sites]
+
+    def answers() -> list[Array]:
+        found = []
+        for tensor in dict.fromkeys(tensors):
+            affine, span = (experiment.suffix(tensor, kind) for kind in ("affine", "span"))
+            at = affine.cache(x)
+            keep, reference = random(4, 1, *at.base.shape[1:], seed=25), random(1, *at.base.shape, seed=26)
+            found.append(affine.affine(at, keep, reference))
+            found.append(span.span(span.cache(x), random(4, 2, seed=27), random(2, *at.base.shape, seed=28)))
+        return found
+
+    alone = answers()
+    experiment.pool = sent = Sent()
+    for shared, expected in zip(answers(), alone, strict=True):
+        assert_identical(shared, expected)
+    assert sent.jobs == SIZE * len(alone)
+
+
+def use_cores(monkeypatch: pytest.MonkeyPatch, count: int) -> None:
+    monkeypatch.setattr(runtime, "cores", lambda: count)
+    monkeypatch.setattr(runtime, "_threads", functools.cache(runtime._threads.__wrapped__))
+
+
+@pytest.mark.parametrize("count", [1, 4])
+@pytest.mark.parametrize("kind", ["affine", "span"])
+def test_threads_answer_what_one_job_after_another_does(
+    table: Table, kind: str, count: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    use_cores(monkeypatch, count)
+    threads: set[str] = set()
+
+    def doubled(answer: Array) -> Array:
+        threads.add(threading.current_thread().name)
+        return 2 * answer
+
+    for tensor in table.cuts:
+        suffix, at = table.cut(tensor, kind)
+        family, jobs = family_of(suffix, at, kind)
+        one_by_one = [2 * family(*job) for job in jobs]
+        found = table.experiment.map(family, jobs, doubled)
+        assert len(found) == len(jobs) == 20
+        for answer, expected in zip(found, one_by_one, strict=True):
+            assert_identical(answer, expected)
+    assert (threading.current_thread().name in threads) == (count == 1)
+
+
+def family_of(suffix: Suffix, at: Activations, kind: str) -> tuple[Family, list[tuple[dict[str, Array], slice]]]:
+    """Return a family, and jobs of one member and some of the samples each."""
+    dtype, shape = at.base.dtype.type, at.base.shape
+    if kind == "affine":
+        constant = {surgery.REFERENCE: random(1, *shape, seed=36, dtype=dtype)}
+        varying = {surgery.KEEP: random(10, *shape, seed=37, dtype=dtype)}
+    else:
+        constant = {surgery.DIRECTIONS: random(2, *shape, seed=38, dtype=dtype)}
+        varying = {surgery.COEFFICIENTS: random(10, 2, seed=39, dtype=dtype)}
+    members = [{name: values[i : i + 1] for name, values in varying.items()} for i in range(10)]
+    jobs = [(member, rows) for member in members for rows in (slice(0, 4), slice(4, SIZE))]
+    return Family(suffix.part, at, constant), jobs
+
+
+def test_an_error_in_one_thread_is_raised_and_cancels_what_is_left(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    experiment = operate(SUBJECTS["mlp"](), tmp_path)
+    use_cores(monkeypatch, 2)
+    begun: list[int] = []
+    gate = threading.Event()
+
+    def runner(number: int) -> Array:
+        begun.append(number)
+        if number == 0:
+            raise ModelError("model.onnx: no good")
+        assert gate.wait(10)
+        return np.full(1, number)
+
+    with pytest.raises(ModelError, match=r"^model\.onnx: no good$"):
+        experiment.map(runner, [(number,) for number in range(50)], np.copy)
+    gate.set()
+    runtime._threads().shutdown()
+    # Both threads may have taken one more job before the error was seen.
+    assert set(begun) <= {0, 1, 2}
+
+
+def test_an_error_in_what_becomes_of_an_answer_is_raised_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    experiment = operate(SUBJECTS["mlp"](), tmp_path)
+
+    def refuse(answer: Array) -> Array:
+        raise ModelError(f"answer {answer[0]}")
+
+    for count in (1, 4):
+        use_cores(monkeypatch, count)
+        with pytest.raises(ModelError, match="answer 0"):
+            experiment.map(np.atleast_1d, [(number,) for number in range(9)], refuse)
+
+
+# -- sessions that are kept ----------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Item:
+    nbytes: int
+
+
+class Shelf:
+    """What is kept within ten bytes, and the names of all that was made."""
+
+    def __init__(self) -> None:
+        self.kept, self.made = _Kept(10), ""
+
+    def get(self, name: str, nbytes: int = 4) -> Item:
+        def make() -> Item:
+            self.made += name
+            return Item(nbytes)
+
+        return self.kept.get((name,), make)
+
+
+def test_what_was_used_last_is_kept_as_far_as_it_fits() -> None:
+    shelf = Shelf()
+    assert shelf.get("a") is shelf.get("a")
+    for name in "bacaba":  # c takes the place of b, and b that of c, but a is used again and again
+        shelf.get(name)
+    assert shelf.made == "abcb"
+    shelf = Shelf()
+    for name in "abacdefab":  # five of two bytes fit
+        shelf.get(name, 2)
+    assert shelf.made == "abcdefb"
+
+
+def test_what_fits_exactly_is_kept_and_a_byte_more_is_not() -> None:
+    for last, made in ((2, "abc"), (3, "abca")):
+        shelf = Shelf()
+        for name, nbytes in (("a", 4), ("b", 4), ("c", last), ("a", 4)):
+            shelf.get(name, nbytes)
+        assert shelf.made == made
+
+
+def test_what_is_larger_than_the_bound_is_kept_alone() -> None:
+    shelf = Shelf()
+    for name, nbytes in (("a", 4), ("x", 99), ("x", 99), ("a", 4), ("x", 99)):
+        shelf.get(name, nbytes)
+    assert shelf.made == "axax"
+
+
+def test_nothing_is_left_on_a_cleared_shelf() -> None:
+    shelf = Shelf()
+    shelf.get("a")
+    shelf.kept.clear()
+    shelf.get("a")
+    assert shelf.made == "aa"
+
+
+def count_sessions(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Return a list that grows with every session that an experiment opens."""
+    opened: list[str] = []
+
+    class Counted(Session):
+        def __init__(self, *args: Any, **options: Any) -> None:
+            opened.append(options.get("what", ""))
+            super().__init__(*args, **options)
+
+    monkeypatch.setattr(experiments, "Session", Counted)
+    return opened
+
+
+@pytest.mark.parametrize("name", SUBJECTS)
+def test_one_session_serves_all_tensors_of_a_large_model(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    subject = SUBJECTS[name]()
+    x = subject.samples(SIZE)
+    (tmp_path / "large").mkdir()
+    small = operate(subject, tmp_path)
+    monkeypatch.setattr(experiments, "_KEPT", 1)
+    large = operate(subject, tmp_path / "large")
+    names = sorted({t for layer in small.layers for t in (layer.input, layer.output)} | {small.logits})
+    opened = count_sessions(monkeypatch)
+    values = large.tensors(names, x)
+    for subset in (*([one] for one in names), names[::-1], [small.logits, subject.input]):
+        for one, value in zip(subset, large.tensors(subset, x), strict=True):
+            expected = x[one] if one in x else values[names.index(one)]
+            assert_identical(value, expected)
+    assert len(opened) == 1
+    for value, expected in zip(values, small.tensors(names, x), strict=True):
+        assert_close(value, expected)
+    assert_close(large.scores(x), small.scores(x))
+    # A candidate has a session of its own, with its own weights.
+    changed = disturbed(large, seed=41)
+    candidate, expected = large.patched(changed), small.patched(changed).scores(x)
+    opened.clear()
+    assert_close(candidate.scores(x), expected)
+    candidate.tensors(names, x)
+    assert len(opened) == 1
+    assert_close(large.scores(x), small.scores(x))
+    assert len(opened) == 1, "that of the original is kept"
+
+
+def test_tensors_of_a_small_model_have_sessions_of_their_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    subject = SUBJECTS["mlp"]()
+    experiment, x = operate(subject, tmp_path), subject.samples(SIZE)
+    opened = count_sessions(monkeypatch)
+    for names in (["h1"], ["h2"], ["h1", "h2"], ["h1"], ["h2"]):
+        experiment.tensors(names, x)
+    assert len(opened) == 3
+
+
+def test_room_is_made_by_letting_go_of_the_sessions_of_a_large_model(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    subject = SUBJECTS["cnn"]()
+    experiment, x = operate(subject, tmp_path), subject.samples(SIZE)
+    tensor = experiment.layers[0].output
+    before, scores = experiment.suffix(tensor, "span"), experiment.scores(x)
+    known = experiment.once(("fact",), object)
+    experiment.make_room()
+    assert experiment.suffix(tensor, "span") is before, "a small one keeps them"
+    monkeypatch.setattr(experiments, "_LARGE", 0)
+    experiment.make_room()
+    opened = count_sessions(monkeypatch)
+    assert_identical(experiment.scores(x), scores)
+    assert len(opened) == 1
+    assert experiment.suffix(tensor, "span") is not before
+    assert experiment.once(("fact",), object) is known
 
 
 # -- candidates ----------------------------------------------------------------------------------

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from graph.models import SUBJECTS, Array, random
-from graph.operating import assert_close, operate
+from graph.operating import Sent, assert_close, assert_identical, operate
 
 from onnxcare.experiment import Experiment
 from onnxcare.graph.sites import Site
@@ -80,3 +80,26 @@ def test_samples_that_do_not_fit_come_piece_by_piece_and_whole_cases(tmp_path: P
     assert_close(
         np.concatenate([held.site for _, held in pieces]), operate(subject, tmp_path).tensors([site.tensor], x)[0]
     )
+
+
+@pytest.mark.parametrize("name", SUBJECTS)
+def test_a_forcing_that_travels_answers_the_same(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    subject = SUBJECTS[name]()
+    experiment, x = operate(subject, tmp_path), subject.samples(SIZE)
+    other = {key: values[::-1].copy() for key, values in x.items()}
+    monkeypatch.setattr(experiment, "rows_of", lambda part: 5)
+
+    def answers() -> list[Array]:
+        found = []
+        for site in experiment.sites:
+            units, sweep = np.arange(site.units), Sweep(experiment, site)
+            held = sweep.hold(x)
+            found.append(sweep.force(held, units, random(site.units, 3, seed=7)))
+            found.append(sweep.exchange(held, sweep.hold(other), units))
+        return found
+
+    alone = answers()
+    experiment.pool = sent = Sent()
+    for shared, expected in zip(answers(), alone, strict=True):
+        assert_identical(shared, expected)
+    assert sent.jobs >= 2 * sum(site.units for site in experiment.sites)

@@ -29,7 +29,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--threads", type=int, default=machine.cores(), metavar="N", help="[default: all cores]")
     parser.add_argument("--padding", choices=["valid", "alternating"], default="valid", help="of the large CNN")
-    parser.add_argument("--patience", type=int, default=120, metavar="S", help="for each command of the row memory")
+    parser.add_argument("--patience", type=int, default=600, metavar="S", help="for each command of the row memory")
     parser.add_argument("--json", type=Path, default=RESULTS, metavar="FILE", help="the chart goes beside it, as SVG")
     return parser.parse_args()
 

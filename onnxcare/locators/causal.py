@@ -113,7 +113,7 @@ def raced_effects(
     rules: Rules,
     by_mean: bool = False,
 ) -> list[Raced]:
-    """Return average causal effects of which the top ones alone are measured in full, see `locators.race`.
+    """Return average causal effects of which the top ones alone are settled, see `locators.race`.
 
     Args:
         experiment: the model.

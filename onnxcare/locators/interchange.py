@@ -75,7 +75,7 @@ def raced_exchanges(
     rows_per_case: int,
     rules: Rules,
 ) -> list[Raced]:
-    """Return interchange effects of which the top ones alone are measured in full, see `locators.race`.
+    """Return interchange effects of which the top ones alone are settled, see `locators.race`.
 
     Args:
         experiment: the model.

@@ -71,7 +71,8 @@ class Regression:
             full = _solution(system, right)
             solved.append((full, _top_directions(full, right, most)))
         for rank in ranks:
-            yield np.stack([full if rank is None else _project(full, top[:, :rank]) for full, top in solved])
+            parts = [full if rank is None else _project(full, top[:, :rank]) for full, top in solved]
+            yield parts[0][None] if len(parts) == 1 else np.stack(parts)
 
     def solve_some(self, alpha: float, rho: float, counts: Sequence[int]) -> Iterator[Array]:
         """Yield, for each count, the change that touches only so many rows of each group's matrix, [groups, d, o].
@@ -104,7 +105,8 @@ class Regression:
 
 def _solution(system: Array, right: Array) -> Array:
     """Solve a positive definite system, whose matrix is used up."""
-    return scipy.linalg.cho_solve(scipy.linalg.cho_factor(system, overwrite_a=True), right)
+    # Columns first, as LAPACK has it, a matrix can be factorised where it is.
+    return scipy.linalg.cho_solve(scipy.linalg.cho_factor(system.T, overwrite_a=True), right)
 
 
 def _top_directions(change: Array, right: Array, count: int) -> Array:
@@ -197,17 +199,17 @@ def accumulate(
     if aim is None:
         aim = Aim(experiment, layer, clean)
         for x in _pieces(experiment, layer, experiment.tensors([layer.input], clean.inputs)[0]):
-            clean_sum = _plus(clean_sum, _gram(layer.rows(x)) / len(clean))
+            clean_sum = _plus(clean_sum, _gram(layer.rows(x)), len(clean))
     else:
         for rows, wanted in _aimed(experiment, layer, aim, clean, clean):
-            clean_sum = _plus(clean_sum, _gram(rows) / len(clean))
-            drift = _plus(drift, _across(rows, wanted) / len(clean))
+            clean_sum = _plus(clean_sum, _gram(rows), len(clean))
+            drift = _plus(drift, _across(rows, wanted), len(clean))
     for item, found in zip(panel.properties, panel.evidence, strict=True):
         if not item.transplantable:
             continue
         for rows, wanted in _aimed(experiment, layer, aim, found.bad, found.twins):
-            bad_sum = _plus(bad_sum, _gram(rows) / len(found.bad))
-            right_sum = _plus(right_sum, _across(rows, wanted) / len(found.bad))
+            bad_sum = _plus(bad_sum, _gram(rows), len(found.bad))
+            right_sum = _plus(right_sum, _across(rows, wanted), len(found.bad))
     assert clean_sum is not None and bad_sum is not None and right_sum is not None
     return Regression(clean_sum, bad_sum, right_sum, drift)
 
@@ -279,5 +281,10 @@ def _across(rows: Array, wanted: Array) -> Array:
     return _flat(rows).transpose(0, 2, 1) @ _flat(wanted)
 
 
-def _plus(total: Array | None, part: Array) -> Array:
-    return part if total is None else total + part
+def _plus(total: Array | None, part: Array, samples: int) -> Array:
+    """Add a part of a mean to it, in place: these may be the largest arrays of all."""
+    part /= samples
+    if total is None:
+        return part
+    total += part
+    return total

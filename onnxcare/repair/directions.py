@@ -20,7 +20,7 @@ from onnxcare import cmaes
 from onnxcare.case import Case
 from onnxcare.errors import ModelError
 from onnxcare.graph.layers import Layer
-from onnxcare.panel import Outcome
+from onnxcare.panel import Outcome, Panel
 from onnxcare.repair import closed_form
 from onnxcare.repair.base import Candidate, Found, Proposals, Values
 from onnxcare.repair.bench import Bench, changed
@@ -92,9 +92,7 @@ def _scan(case: Case, layers: list[Layer]) -> tuple[list[tuple[Layer, Outcome]],
             skipped[layer.name] = "its regression does not fit into the memory allowed; see --memory"
             continue
         try:
-            regression = closed_form.accumulate(case.experiment, layer, fit.clean, fit)
-            changes = list(regression.solve(alpha=1.0, rho=1e-2, ranks=[None]))
-            outcome = Bench(case, layer).outcomes(unseen, changes)[0]
+            outcome = _tried(case, layer, fit, unseen)
         except (ModelError, np.linalg.LinAlgError) as error:
             skipped[layer.name] = str(error)  # it is no candidate, but another layer may be
             continue
@@ -102,6 +100,14 @@ def _scan(case: Case, layers: list[Layer]) -> tuple[list[tuple[Layer, Outcome]],
     if not ranked:
         raise _nothing_left(case, skipped)
     return sorted(ranked, key=lambda item: item[1].cost), skipped
+
+
+def _tried(case: Case, layer: Layer, fit: Panel, unseen: Panel) -> Outcome:
+    """Return what a regression on some samples does to others."""
+    regression = closed_form.accumulate(case.experiment, layer, fit.clean, fit)
+    changes = list(regression.solve(alpha=1.0, rho=1e-2, ranks=[None]))
+    del regression  # a large layer's takes more than the model
+    return Bench(case, layer).outcomes(unseen, changes)[0]
 
 
 def _nothing_left(case: Case, skipped: dict[str, str]) -> ModelError:

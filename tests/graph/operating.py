@@ -44,7 +44,9 @@ class Sent:
         self.jobs = 0
 
     def share(self, runner: Callable[..., Array], jobs: Sequence[tuple[Any, ...]]) -> list[Array]:
+        packed = pickle.dumps(runner)
         answers = [runner(*job) for job in jobs]
+        assert pickle.dumps(runner) == packed, "what a run lays out does not travel"
         away = runner
         for _ in range(2):
             away = pickle.loads(pickle.dumps(away))

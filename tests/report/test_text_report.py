@@ -14,7 +14,7 @@ from onnxcare.measures import Finding, Gauge, Measure, Verdict
 from onnxcare.panel import Outcome
 from onnxcare.repair.base import Candidate, Edit
 from onnxcare.report import text
-from onnxcare.results import Check, Fix, LayerVotes, Location, SavedTrigger
+from onnxcare.results import Check, Fix, LayerVotes, Location, Race, SavedTrigger, UnitScore
 
 
 @pytest.fixture(scope="module")
@@ -262,6 +262,28 @@ def test_location_tells_how_far_votes_for_weights_got():
     # A share of nothing is none.
     assert row(shown, "nothing  ") == ["nothing", "5", "0", "0 of 20", "", "gradient"]
     assert "by layer" not in printed(text.show_location, Location(None, "interchange effect", [], [], [], None))
+
+
+def test_location_tells_how_units_raced():
+    rounds = [{"units": 1_200, "cases": 8}, {"units": 40, "cases": 16}, {"units": 10, "cases": 30}]
+    units = [UnitScore("[b]site[/nothing]", unit, 1 / (1 + unit), 30_000 if unit < 3 else 8) for unit in range(30)]
+    location = Location(None, "interchange effect", units, [], [], Race(3, 0.95, True, rounds))
+    shown = printed(text.show_location, location)
+    assert row(shown, "│    0 │") == ["[b]site[/nothing]", "0", "1.0000", "30,000"]
+    assert row(shown, "│    3 │") == ["[b]site[/nothing]", "3", "0.2500", "8"]
+    line, rest = shown.rstrip().splitlines()[-2:]
+    assert line == (
+        "Raced for the top 3 at 0.95 confidence (units on cases: 1200 on 8, 40 on 16, 10 on 30); "
+        "--exact measures every unit on all of them."
+    )
+    assert rest == "and 10 more; --json lists all"
+    assert "Raced" not in printed(text.show_location, dataclasses.replace(location, race=None))
+
+
+@pytest.mark.parametrize(("confidence", "told"), [(0.9, "0.9"), (0.99999, "1"), (0.999, "0.999")])
+def test_the_confidence_of_a_race_is_told(confidence, told):
+    location = Location(None, "average causal effect", [], [], [], Race(10, confidence, False, []))
+    assert f"Raced for the top 10 at {told} confidence" in printed(text.show_location, location)
 
 
 def test_restored_triggers_stand_in_front_of_the_conclusion(fix):
