@@ -38,8 +38,9 @@ _PROVIDERS: dict[str, list[Any]] = {
     ],
 }
 
-# Activations of a run should stay near the caches; larger runs only add memory traffic.
-_BYTES_PER_RUN = 8 << 20
+# Activations of a run should stay near the caches; larger runs only add memory traffic. A few rows there should be all
+# the same, as long as they take no more than four times as much.
+_BYTES_PER_RUN, _FEW_ROWS = 8 << 20, 16
 # Runs whose rows are of unknown size.
 _ROWS_PER_RUN = 256
 
@@ -325,7 +326,9 @@ class Budget:
 
     def rows(self) -> int:
         """Return how many rows one of the runs side by side may take: at least one, no more than the caches like."""
-        return max(1, min(_BYTES_PER_RUN, self.memory // cores()) // max(1, self.row))
+        row = max(1, self.row)
+        liked = max(_BYTES_PER_RUN // row, min(_FEW_ROWS, 4 * _BYTES_PER_RUN // row))
+        return max(1, min(liked, self.memory // cores() // row))
 
 
 def _load_failure(text: str) -> str:

@@ -108,7 +108,7 @@ def test_a_worker_killed_while_units_are_located_changes_nothing(shared: Cluster
     assert processes_of(after) == {survivor.pid}
 
 
-@pytest.mark.parametrize("method", ["causal", "interchange"])
+@pytest.mark.parametrize("method", ["causal", pytest.param("interchange", marks=pytest.mark.slow)])
 def test_units_race_on_dask_workers_as_they_race_here(
     method: str, shared: Cluster, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -148,6 +148,7 @@ def test_a_repair_is_the_same_file_on_threads_and_on_processes(
             assert len(watched.futures) > 20, "there was nothing to share"
 
 
+@pytest.mark.slow
 def test_the_command_line_writes_the_same_file_with_workers(tmp_path: Path) -> None:
     paths = write_case(tmp_path)
     expected = fixed(paths, "auto")

@@ -72,5 +72,7 @@ def test_runs_side_by_side_share_the_memory(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr("onnxcare.runtime.cores", lambda: 4)
     assert Budget(memory=4000, row=10).rows() == 100
     assert Budget(memory=4, row=10).rows() == 1
-    assert Budget(memory=1 << 60, row=1 << 20).rows() == 8
+    assert Budget(memory=1 << 60, row=1 << 10).rows() == 8 << 10
+    assert Budget(memory=1 << 60, row=1 << 20).rows() == 16
+    assert Budget(memory=1 << 60, row=1 << 24).rows() == 2
     assert list(batches(5, 2)) == [slice(0, 2), slice(2, 4), slice(4, 5)]

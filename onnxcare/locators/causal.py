@@ -40,7 +40,7 @@ from onnxcare.runtime import batches
 from onnxcare.sweep import Sweep
 
 # Derivatives are taken on so many cases.
-_SCREENED_ON = 16
+_SCREENED_ON = 8
 # At so many values the response is measured in a race.
 _NODES = 3
 

@@ -464,6 +464,7 @@ def test_every_hunt_draws_anew(tmp_path):
 # -- no gradient ---------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_model_without_a_gradient_is_repaired_and_the_finding_says_how_triggers_were_searched(tmp_path):
     paths = hidden.write(tmp_path, hidden.rounded(hidden.model(shape=GREY)), GREY)
     fix = package.fix(paths.model, paths.spec, paths.out, device="cpu")
