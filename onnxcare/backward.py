@@ -192,6 +192,7 @@ class UnitSlopes:
         for site, value in zip(sites, experiment.tensors([s.tensor for s in sites], probe), strict=True):
             shape = tuple(site.units if axis == site.axis % value.ndim else 1 for axis in range(1, value.ndim))
             self._shapes |= {name(site.tensor): shape for name in (surgery.push_input, surgery.stretch_input)}
+            self._dtype = value.dtype
         rows = _derivative_rows(experiment.rows_of(part))
         wanted = list(self._shapes)
         experiment.make_room()
@@ -206,8 +207,8 @@ class UnitSlopes:
         """
         decision, samples = self._experiment.decision, len(next(iter(inputs.values())))
         scores = self._experiment.scores(inputs)
-        dtype = next(iter(inputs.values())).dtype
-        feeds = {**inputs, **{name: np.zeros((samples, *shape), dtype) for name, shape in self._shapes.items()}}
+        nothing = {name: np.zeros((samples, *shape), self._dtype) for name, shape in self._shapes.items()}
+        feeds = {**inputs, **nothing}
         by_class: list[dict[str, Array]] = []
         for index in range(scores.shape[-1]):
             seed = np.zeros_like(scores)

@@ -26,7 +26,7 @@ from onnxcare.graph.sites import Site, find_sites
 from onnxcare.graph.view import GraphView, attribute, operator
 from onnxcare.pool import Pool
 from onnxcare.runtime import Budget, Device, Session, give_back_freed_memory, in_threads
-from onnxcare.suffix import Suffix
+from onnxcare.suffix import Family, Suffix
 
 Array = np.ndarray
 
@@ -59,6 +59,7 @@ class Experiment:
         classes: how many answers there are.
         probe: inputs of two samples, for trying things out.
         pool: who else may run families of interventions; None for this process alone.
+        family: the latest family, and with it what all its members share.
     """
 
     def __init__(
@@ -309,6 +310,7 @@ class Experiment:
         size = self.copy.ByteSize()
         self._exposed, self._suffixes = _Kept(max(_KEPT, size)), _Kept(max(_KEPT, size // 2))
         self._facts: dict[tuple[str, ...], object] = {}
+        self.family: Family | None = None
 
     def first(self, rows: int) -> Inputs:
         """Return the inputs of the first rows of the probe."""

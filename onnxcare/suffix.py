@@ -68,7 +68,6 @@ class Suffix:
         self.part = Part(session, lambda: make().suffix.SerializeToString())
         one = experiment.tensors([self.tensor, *self._boundary], experiment.first(1))
         self._sample_bytes = sum(value.nbytes for value in one)
-        self._family: Family | None = None
 
     # -- what it needs of the samples ------------------------------------------------------------
 
@@ -149,15 +148,17 @@ class Suffix:
         return self._run(at, constant, {surgery.COEFFICIENTS: coefficients.astype(dtype, copy=False)})
 
     def _run(self, at: Activations, constant: Mapping[str, Array], varying: Mapping[str, Array]) -> Array:
-        if self._family is None or not self._family.rests_on(at, constant):
-            self._family = Family(self.part, at, constant)
+        # Only the latest family is kept, whichever suffix it belongs to: it holds on to its samples.
+        family = self._experiment.family
+        if family is None or not family.rests_on(self.part, at, constant):
+            family = self._experiment.family = Family(self.part, at, constant)
         members = len(next(iter(varying.values())))
         # Several members on a few samples share what they read of these.
         together = max(min(members, self.rows, _MEMBERS), self.rows // len(at))
         tiles = list(batches(len(at), max(1, self.rows // together)))
         blocks = [{name: values[part] for name, values in varying.items()} for part in batches(members, together)]
         jobs = [(block, rows) for block in blocks for rows in tiles]
-        answers = iter(self._experiment.map(self._family, jobs, self._experiment.decision.scores))
+        answers = iter(self._experiment.map(family, jobs, self._experiment.decision.scores))
         return np.concatenate([np.concatenate([next(answers) for _ in tiles], axis=1) for _ in blocks])
 
 
@@ -195,9 +196,10 @@ class Family:
     def __getstate__(self) -> dict[str, Any]:
         return {**vars(self), "_tiles": {}}
 
-    def rests_on(self, at: Activations, constant: Mapping[str, Array]) -> bool:
-        """Return whether these are the very arrays that it was made of."""
-        return at is self._at and all(self._constant.get(name) is values for name, values in constant.items())
+    def rests_on(self, part: Part, at: Activations, constant: Mapping[str, Array]) -> bool:
+        """Return whether this is the very suffix, and these are the very arrays, that it was made of."""
+        same = part is self._part and at is self._at and constant.keys() == self._constant.keys()
+        return same and all(self._constant[name] is values for name, values in constant.items())
 
     def __call__(self, varying: Mapping[str, Array], rows: slice) -> Array:
         """Return the answers [members, samples, ...] of some members on some samples."""

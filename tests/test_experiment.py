@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import functools
+import gc
 import threading
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -317,6 +319,21 @@ def test_activations_can_be_thinned(table: Table) -> None:
         part = at.take(rows)
         assert len(part) == 3
         assert_close(suffix.affine(part, ones, ones)[0], table.scores[rows])
+
+
+def test_only_the_latest_family_holds_on_to_its_samples(tmp_path: Path) -> None:
+    subject = SUBJECTS["mlp"]()
+    experiment = operate(subject, tmp_path)
+    held = []
+    for tensor in ("h1", "h2"):
+        suffix = experiment.suffix(tensor, "affine")
+        at = suffix.cache(subject.samples(SIZE))
+        ones = np.ones((1, *[1] * at.base.ndim))
+        suffix.affine(at, ones, ones)
+        held.append(weakref.ref(at))
+        del at
+    gc.collect()
+    assert [item() is None for item in held] == [True, False]
 
 
 def test_a_suffix_is_made_once(table: Table) -> None:

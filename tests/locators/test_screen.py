@@ -91,3 +91,20 @@ def test_too_many_classes_are_not_screened(tmp_path: Path) -> None:
     assert (
         first_order(experiment, experiment.sites, [random(8, 3)], Dataset(subject.samples(6), None), response) is None
     )
+
+
+TOKENS = """g (int64[N, 5] tokens) => (float[N, 3] y) {
+    e = Gather (table, tokens)
+    z = MatMul (e, W)
+    h = Relu (z)
+    p = MatMul (h, V)
+    y = ReduceMean <axes = [1], keepdims = 0> (p)
+}"""
+
+
+def test_inputs_may_be_whole_numbers(tmp_path: Path) -> None:
+    weights = {"table": random(9, 6), "W": random(6, 4, seed=2), "V": random(4, 3, seed=3)}
+    x = {"tokens": np.random.default_rng(3).integers(0, 9, (7, 5))}
+    experiment = Experiment(save(build(TOKENS, weights), tmp_path), "cpu", 1 << 30, x)
+    (site,) = [site for site in experiment.sites if site.tensor == "h"]
+    assert_exact(experiment, [site], x)
