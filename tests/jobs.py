@@ -89,8 +89,11 @@ def refuse(payload: bytes) -> Callable[[int], int]:
 
 
 class Awkward(Exception):
+    """Takes other arguments than its message, and holds what cannot be pickled whatever libraries add to pickling."""
+
     def __init__(self, what: str, where: str) -> None:
         super().__init__(f"{what} at {where}")
+        self.held = threading.Lock()
 
 
 def stumble(payload: type[Exception] | None) -> Callable[[int], int]:
