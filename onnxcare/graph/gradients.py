@@ -326,20 +326,14 @@ def _pruned(model: onnx.ModelProto, outputs: Iterable[str]) -> onnx.ModelProto:
 def _with_initializers(model: onnx.ModelProto, kept: Iterable[onnx.TensorProto]) -> onnx.ModelProto:
     """Return a copy with some of the initializers; the others are not even copied, for they may be large."""
     copy = onnx.ModelProto()
-    for field, value in model.ListFields():
-        if field.name == "graph":
-            continue
-        if field.is_repeated:
-            getattr(copy, field.name).extend(value)
-        else:
-            setattr(copy, field.name, value)
-    for field, value in model.graph.ListFields():
-        if field.name == "initializer":
-            continue
-        if field.is_repeated:
-            getattr(copy.graph, field.name).extend(value)
-        else:
-            setattr(copy.graph, field.name, value)
+    for original, target, left_out in ((model, copy, "graph"), (model.graph, copy.graph, "initializer")):
+        for field, value in original.ListFields():
+            if field.name == left_out:
+                continue
+            if field.is_repeated:
+                getattr(target, field.name).extend(value)
+            else:
+                setattr(target, field.name, value)
     copy.graph.initializer.extend(kept)
     return copy
 
