@@ -56,7 +56,7 @@ def interchange_effects(
         margin: maps scores and samples to m.
         rows_per_case: how many samples, side by side, make a case of m.
     """
-    means, dead = _ordinary(experiment, site, clean, bad)
+    means, dead = _ordinary(experiment, site, clean, bad, twins)
     scores = np.zeros(site.units)
     before = margin(experiment.scores(bad.inputs), bad)
     live = np.flatnonzero(~dead)
@@ -87,7 +87,7 @@ def raced_exchanges(
         rows_per_case: how many samples, side by side, make a case of m.
         rules: who is looked for.
     """
-    ordinary = [_ordinary(experiment, site, clean, bad) for site in sites]
+    ordinary = [_ordinary(experiment, site, clean, bad, twins) for site in sites]
     before = margin(experiment.scores(bad.inputs), bad)
 
     def measure(index: int, units: Array, chosen: Array) -> Array:
@@ -114,17 +114,19 @@ def raced_exchanges(
     ]
 
 
-def _ordinary(experiment: Experiment, site: Site, clean: Dataset, bad: Dataset) -> tuple[Array, Array]:
-    """Return the mean of every unit over clean samples, and which units are dead."""
+def _ordinary(
+    experiment: Experiment, site: Site, clean: Dataset, bad: Dataset, twins: Dataset | None
+) -> tuple[Array | None, Array]:
+    """Return the mean of every unit over clean samples, which twins make needless, and which units are dead."""
     _, _, dead = ranges(site, activations(experiment, site, clean, bad))
-    return mean_activations(experiment, site, clean), dead
+    return (mean_activations(experiment, site, clean) if twins is None else None), dead
 
 
 def _exchanged(
     experiment: Experiment,
     site: Site,
     units: Array,
-    means: Array,
+    means: Array | None,
     bad: Dataset,
     twins: Dataset | None,
     margin: Response,
@@ -140,5 +142,6 @@ def _exchanged(
             if other is not None:
                 after = sweep.exchange(held, other, some, of)
             else:
+                assert means is not None
                 after = sweep.force(held, some, means[some, None], of)[:, 0]
             yield some, slice(rows.start // rows_per_case, rows.stop // rows_per_case), after
