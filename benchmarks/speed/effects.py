@@ -118,15 +118,12 @@ def cnn_effects(setting: Setting) -> list[Result]:
 
 def _exact(name: str, what: str, found: Measured, goal: float) -> Result:
     timing = found.timing
-    return Result(
+    return Result.timed(
+        timing,
         name=name,
         what=f"{what}: {found.details['units']} units x {VALUES} values, {found.details['samples']} samples",
         against=LOOP,
-        value=timing.ratio,
         goal=goal,
-        ours=timing.ours,
-        theirs=timing.theirs,
-        difference=timing.difference,
         tolerance=TOLERANCE,
         details=found.details,
     )
@@ -152,15 +149,12 @@ def cnn_top(setting: Setting) -> list[Result]:
     passes = known.passes[0] + known.passes[-1]
     timing = compare(setting, "cnn-top", [Job(raced, loop, lambda: passes / known.details["forward passes"])], missed)
     return [
-        Result(
+        Result.timed(
+            timing,
             name="cnn-top",
             what=f"strongest {TOP} of the {known.details['units']} units, {TOP - timing.difference:.0f} of them right",
             against=LOOP,
-            value=timing.ratio,
             goal=300,
-            ours=timing.ours,
-            theirs=timing.theirs,
-            difference=timing.difference,
             tolerance=TOP - ENOUGH,
             details=known.details
             | {
@@ -205,15 +199,12 @@ def _zeroing(
     job = Job(falls, functools.partial(rival, twin, twin.places[index], x, target))
     name = f"zeroing-{site.units}"
     timing = compare(setting, f"{name} against {against}", [job], apart)
-    return Result(
+    return Result.timed(
+        timing,
         name=name,
         what=f"each of {site.units} channels set to zero, {len(data)} images",
         against=against,
-        value=timing.ratio,
         goal=goal,
-        ours=timing.ours,
-        theirs=timing.theirs,
-        difference=timing.difference,
         tolerance=TOLERANCE,
         details={"turns": timing.turns},
     )

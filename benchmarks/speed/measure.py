@@ -122,6 +122,12 @@ class Result:
     tolerance: float | None = None
     details: dict[str, Any] = field(default_factory=dict)
 
+    @classmethod
+    def timed(cls, timing: Timing, **about: Any) -> Result:
+        """Return the line of what two sides took turns at; `about` has the other attributes, or takes their place."""
+        measured = {"ours": timing.ours, "theirs": timing.theirs, "difference": timing.difference}
+        return cls(value=timing.ratio, **(measured | about))
+
     @property
     def differs(self) -> bool:
         """Whether the two sides did not compute the same."""

@@ -107,14 +107,12 @@ def _at(setting: Setting, name: str, layer: str, against: str, goal: float, riva
     timing = compare(setting, f"{name} at {layer}", [job], lambda _, __: difference)
     candidates = job.ours().evaluations + 1
     rows = len(next(iter(search.panel.inputs.values())))
-    return Result(
+    return Result.timed(
+        timing,
         name=name,
         what=f"CMA-ES over {DIRECTIONS} directions of {layer}: {candidates} candidates on {rows} images",
         against=against,
-        value=timing.ratio,
         goal=goal,
-        ours=timing.ours,
-        theirs=timing.theirs,
         difference=difference,
         tolerance=TOLERANCE,
         details=_rates(candidates, timing.ours, timing.theirs) | {"turns": timing.turns},
@@ -183,13 +181,11 @@ def care_published(setting: Setting) -> list[Result]:
     rates = _rates(searching.count, timing.ours, timing.theirs)
     rows = len(next(iter(panel.inputs.values())))
     return [
-        Result(
+        Result.timed(
+            timing,
             name="care-published",
             what=f"search of {UNITS} multipliers behind the last hidden layer: a candidate on {rows} images",
             against="CARE as published: particle swarm, full forward passes in PyTorch",
-            value=timing.ratio,
-            ours=timing.ours,
-            theirs=timing.theirs,
             difference=difference,
             tolerance=TOLERANCE,
             details=rates
