@@ -95,7 +95,8 @@ def encode(proto: onnx.ModelProto, parameter: Parameter, values: np.ndarray) -> 
     """Return the serialized TensorProto of a parameter with new values; name and metadata stay."""
     tensor = onnx.TensorProto()
     tensor.CopyFrom(tensor_at(proto, parameter.path))
-    payload = numpy_helper.from_array(np.ascontiguousarray(values, dtype=parameter.dtype))
+    # Not ascontiguousarray: it would give a single number an axis.
+    payload = numpy_helper.from_array(np.asarray(values, dtype=parameter.dtype, order="C"))
     if tuple(payload.dims) != parameter.shape or payload.data_type != tensor.data_type:
         raise ValueError(f"{parameter.name}: {values.shape} does not fit {parameter.shape}")
     for name in (*VALUE_FIELDS, "external_data", "data_location"):

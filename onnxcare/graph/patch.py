@@ -58,10 +58,11 @@ class Patch:
         for parameter, values in self.values.items():
             old = read(model.proto, parameter, model.path.parent).astype(np.float64)
             new = values.astype(parameter.dtype).astype(np.float64)
-            norm = float(np.linalg.norm(new - old))
+            changed = _differing(new, old)
+            norm = float(np.linalg.norm(new[changed] - old[changed]))
             relative = norm / max(float(np.linalg.norm(old)), 1e-30)
-            changed = int((new != old).sum())
-            changes.append(TensorChange(parameter.name, parameter.shape, changed, old.size, norm, relative))
+            count = int(changed.sum())
+            changes.append(TensorChange(parameter.name, parameter.shape, count, old.size, norm, relative))
         return changes
 
     def apply(self, model: Model) -> bytes:
@@ -75,7 +76,9 @@ class Patch:
         edits = {}
         for parameter, values in self.values.items():
             stored = values.astype(parameter.dtype)
-            if not np.isfinite(stored).all():
+            # Infinities that were there before may stay: masks are made of them.
+            unfit = ~np.isfinite(stored)
+            if unfit.any() and (unfit & _differing(stored, read(model.proto, parameter, model.path.parent))).any():
                 raise ModelError(f"{parameter.name}: the repair does not fit into {parameter.dtype}")
             edits[parameter.path] = encode(model.proto, parameter, stored)
         try:
@@ -85,6 +88,11 @@ class Patch:
             raise ModelError(
                 f"{model.path}: its bytes cannot be patched in place; save it again with onnx.save"
             ) from None
+
+
+def _differing(new: Array, old: Array) -> Array:
+    """Return which values differ; NaN is the same as NaN."""
+    return (new != old) & ~(np.isnan(new) & np.isnan(old))
 
 
 def with_metadata(data: bytes, entries: Mapping[str, str]) -> bytes:
