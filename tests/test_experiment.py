@@ -39,9 +39,10 @@ from onnxcare.experiment import Experiment, _Kept, judged_output
 from onnxcare.graph import surgery
 from onnxcare.graph.layers import Layer
 from onnxcare.graph.model import load_model
-from onnxcare.graph.parameters import Parameter, read
+from onnxcare.graph.parameters import Parameter
 from onnxcare.graph.patch import Patch
 from onnxcare.graph.sites import Site
+from onnxcare.graph.storage import Source
 from onnxcare.runtime import Session
 from onnxcare.suffix import Activations, Family, Suffix
 
@@ -184,7 +185,9 @@ def test_values_may_differ_from_sample_to_sample(table: Table) -> None:
 def test_a_span_is_a_change_of_the_weights_in_the_file(table: Table) -> None:
     model = table.experiment.model
     for layer in table.experiment.layers:
-        values = {p.name: read(model.proto, p, model.path.parent) for p in (layer.weight, layer.bias) if p}
+        values = {
+            p.name: p.storage.read(Source(model.proto, model.path.parent)) for p in (layer.weight, layer.bias) if p
+        }
         matrix = layer.matrix(values[layer.weight.name], values[layer.bias.name] if layer.bias else None)
         changes = random(2, *matrix.shape, seed=16, dtype=table.subject.dtype)
         coefficients = np.array([[1.0, 0.0], [-0.5, 2.0], [0.3, 0.3]])
@@ -225,7 +228,7 @@ def folded_scores(table: Table, site: Site, factors: Array, shape: tuple[int, ..
         sent = numbers if layer.input == site.tensor else table.experiment.between(site.tensor, layer.input, numbers)
         channels_first = np.moveaxis(sent[0], 0 if layer.convolution else -1, 0)
         units = channels_first.reshape(layer.inputs, -1)[:, 0].astype(int)
-        weight = read(model.proto, layer.weight, model.path.parent)
+        weight = layer.weight.storage.read(Source(model.proto, model.path.parent))
         values[layer.weight] = layer.scale_inputs(factors[units], weight)
     changed = Subject(onnx.ModelProto.FromString(Patch(values).apply(model)), "", (), "")
     return original(changed, table.x, table.subject.logits)[0]

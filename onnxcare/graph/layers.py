@@ -187,9 +187,14 @@ class Layer:
         return weight * (factors[None, :] if self.transposed else factors[:, None])
 
 
-def find_layers(view: GraphView) -> list[Layer]:
-    """Return the layers of the main graph in graph order, those that cannot be rewritten included."""
-    parameters = find_parameters(view)
+def find_layers(view: GraphView, parameters: Mapping[str, Parameter] | None = None) -> list[Layer]:
+    """Return the layers of the main graph in graph order, those that cannot be rewritten included.
+
+    Args:
+        view: the graph.
+        parameters: its constants, by name; None where they are held as they are read.
+    """
+    parameters = find_parameters(view) if parameters is None else parameters
     builders = {"Gemm": _gemm, "MatMul": _matmul, "Conv": _conv}
     layers = []
     for index, node in enumerate(view.nodes):
@@ -208,11 +213,10 @@ def _with_refusal(layer: Layer) -> Layer:
         others = [user for user in layer.weight.users if user != layer.name]
         who = others[0] if others else f"{layer.name} again"
         return replace(layer, refusal=f"its weight {layer.weight.name!r} is also used by {who}")
-    if layer.weight.dtype not in (np.float32, np.float64):
-        kind = layer.weight.dtype
-        return replace(layer, refusal=f"its weight {layer.weight.name!r} is stored as {kind}")
+    if layer.weight.storage.refusal is not None:
+        return replace(layer, refusal=f"its weight {layer.weight.name!r} {layer.weight.storage.refusal}")
     bias = layer.bias
-    if bias is not None and (len(bias.users) > 1 or bias.dtype != layer.weight.dtype):
+    if bias is not None and (len(bias.users) > 1 or bias.dtype != layer.weight.dtype or bias.storage.refusal):
         return replace(layer, bias=None)
     return layer
 

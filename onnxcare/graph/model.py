@@ -96,9 +96,15 @@ def load_model(path: str | Path) -> Model:
         path=path,
         proto=proto,
         sha256=sha256,
-        inputs=tuple(Signature(n, numpy_dtype(t), s) for n, t, s in session.inputs),
-        outputs=tuple(Signature(n, numpy_dtype(t), s) for n, t, s in session.outputs),
+        inputs=tuple(_signature(*item) for item in session.inputs),
+        outputs=tuple(_signature(*item) for item in session.outputs),
     )
+
+
+def _signature(name: str, kind: str, shape: tuple[int | str | None, ...]) -> Signature:
+    if kind in _MAPS:  # of classes to scores, one a sample: what they amount to is an array
+        return Signature(name, np.dtype(np.float32), (None, None))
+    return Signature(name, numpy_dtype(kind), shape)
 
 
 def _bytes(path: Path) -> bytes:
@@ -175,6 +181,7 @@ def _check_values(path: Path, proto: onnx.ModelProto) -> None:
             )
 
 
+_MAPS = {f"seq(map({key},tensor(float)))" for key in ("int64", "string")}
 _DTYPES = {
     "float": np.float32,
     "double": np.float64,
