@@ -927,14 +927,17 @@ def test_maps_behind_the_scores_are_cut_off(tmp_path: Path) -> None:
         assert_close(scores, np.stack([expected, expected]))
 
 
-def test_scores_that_are_maps_are_refused(tmp_path: Path) -> None:
-    proto = zipmap("float[N, 1] unused").SerializeToString()
-    model = onnx.ModelProto.FromString(proto)
+def test_scores_that_are_maps_are_read_as_what_they_are_made_of(tmp_path: Path) -> None:
+    model = zipmap("float[N, 1] unused")
     del model.graph.output[1]
     loaded = save(model, tmp_path)
     assert [output.name for output in loaded.outputs] == ["label", "maps"]
-    with pytest.raises(ModelError, match="no output with one score per class"):
-        Experiment(loaded, "cpu", PLENTY, {"x": random(3, 6)})
+    x = {"x": random(SIZE, 6)}
+    experiment = Experiment(loaded, "cpu", PLENTY, x)
+    assert (experiment.output, experiment.logits) == ("maps", "p")
+    maps = run(model, x, "maps")[0]
+    expected = [[one[label] for label in range(4)] for one in maps]
+    np.testing.assert_allclose(Session(loaded.path).run_rows(x, ["maps"], rows_per_run=3)[0], expected)
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,8 @@ from onnxcare.graph.view import GraphView, operator
 
 # Field numbers of onnx.proto on the way from a ModelProto to a tensor.
 GRAPH, NODE, INITIALIZER, SPARSE = 7, 1, 5, 15
-ATTRIBUTE, TENSOR, FUNCTION = 5, 5, 25
+ATTRIBUTE, TENSOR = 5, 5
+FUNCTION, NODE_OF_FUNCTION = 25, 7
 _VALUES, _INDICES = 1, 2
 # Their weights are lists in attributes.
 _LINEAR_MODELS = {("ai.onnx.ml", "LinearClassifier"), ("ai.onnx.ml", "LinearRegressor")}

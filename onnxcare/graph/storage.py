@@ -175,10 +175,12 @@ class Numbers(Storage):
         """Return the attribute with new values."""
         attribute = onnx.AttributeProto()
         attribute.CopyFrom(source.message(self.path))
-        if not np.isfinite(values.astype(np.float32)).all():
-            raise ModelError(f"{attribute.name}: the repair does not fit into float32")
+        with np.errstate(over="ignore"):
+            stored = values.astype(np.float32)
+        if not np.isfinite(stored).all():
+            raise ModelError(f"{self.name}: the repair does not fit into float32")
         del attribute.floats[:]
-        attribute.floats.extend(values.astype(np.float32).reshape(-1).tolist())
+        attribute.floats.extend(stored.reshape(-1).tolist())
         return {self.path: attribute.SerializeToString(deterministic=True)}
 
 

@@ -28,7 +28,15 @@ from onnxcare.graph import classical, halves, quantised, wire
 from onnxcare.graph.batch import free_batch
 from onnxcare.graph.layers import Layer, find_layers
 from onnxcare.graph.model import Model
-from onnxcare.graph.parameters import ATTRIBUTE, FUNCTION, NODE, TENSOR, Parameter, find_parameters, storages
+from onnxcare.graph.parameters import (
+    ATTRIBUTE,
+    FUNCTION,
+    NODE_OF_FUNCTION,
+    TENSOR,
+    Parameter,
+    find_parameters,
+    storages,
+)
 from onnxcare.graph.sites import Site, find_sites
 from onnxcare.graph.storage import FLOATS, WHOLE, Scaled, Source, Storage, Tensor
 from onnxcare.graph.view import GraphView, attribute, operator
@@ -50,7 +58,7 @@ class WorkingForm:
         proto: the graph.
         stored: how the file holds its constants, by name; those that are not in the file are missing.
         tolerance: how far its answers may be from the file's, relative to the largest.
-        quantised: whether activations are rounded to whole numbers on the way.
+        quantised: whether weights or activations are whole numbers, so that a runtime may compute with them.
     """
 
     proto: onnx.ModelProto
@@ -111,6 +119,7 @@ def working_form(model: Model, *, values: bool = True) -> WorkingForm:
     half = halves.to_single_precision(proto)
     tolerance = _DYNAMIC if dynamic else _HALF if half else EXACT
     rounded = any(operator(node) == "QuantizeLinear" for node in proto.graph.node)
+    rounded |= any(isinstance(storage, Scaled) for storage in stored.values())
     return WorkingForm(proto, stored, tolerance, rounded)
 
 
@@ -148,7 +157,7 @@ def _inlined(proto: onnx.ModelProto) -> tuple[onnx.ModelProto, dict[str, Storage
         for index, node in enumerate(function.node):
             for position, item in enumerate(node.attribute):
                 if operator(node) == "Constant" and item.name == "value":
-                    path = ((FUNCTION, number), (NODE, index), (ATTRIBUTE, position), (TENSOR, 0))
+                    path = ((FUNCTION, number), (NODE_OF_FUNCTION, index), (ATTRIBUTE, position), (TENSOR, 0))
                     item.t.doc_string = f"{_TAG}{number}/{index}"
                     known[item.t.doc_string] = Tensor(path, f"{function.name}/{node.output[0]}", item.t.data_type)
     # The inliner sends the model through bytes, which may be 2 GB at most.
