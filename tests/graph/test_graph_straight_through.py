@@ -23,7 +23,8 @@ def rounding(zero: Array | None) -> onnx.ModelProto:
             q = QuantizeLinear {operands} h = DequantizeLinear {operands.replace("x", "q")}
             t = Tanh (h) y = MatMul (t, W) }}""",
         weights,
-        opset=19,
+        ir_version=10,
+        opset=21,
     )
 
 
