@@ -184,7 +184,8 @@ class Session:
             source: path of an ONNX file (external data is found beside it), or a model held in memory.
             device: `cpu` or `cuda`; never falls back silently.
             optimise: False leaves out onnxruntime's graph optimisations; the session opens faster.
-            what: how to call the model in errors, where `source` is not a path.
+            what: the file that a model held in memory comes from: how it is called in errors, and beside which its
+                external data lies.
             threads: how many threads a run takes; None for as many as there are cores.
 
         Raises:
@@ -200,6 +201,9 @@ class Session:
         if not isinstance(source, Path):
             # Between activations that are rounded, onnxruntime would round floating-point weights as well.
             options.add_session_config_entry("session.disable_quant_qdq", "1")
+            options.add_session_config_entry(
+                "session.model_external_initializers_file_folder_path", str(Path(what).absolute().parent)
+            )
         try:
             self._session = _open(content, options, device)
             self.inputs = [(i.name, i.type, tuple(i.shape)) for i in self._session.get_inputs()]

@@ -22,12 +22,13 @@ from functools import cached_property
 import numpy as np
 import onnx
 from onnx import inliner, numpy_helper
+from onnx.external_data_helper import load_external_data_for_tensor, uses_external_data
 
 from onnxcare.errors import ModelError
 from onnxcare.graph import classical, halves, quantised, wire
 from onnxcare.graph.batch import free_batch
 from onnxcare.graph.layers import Layer, find_layers
-from onnxcare.graph.model import Model
+from onnxcare.graph.model import Model, tensors
 from onnxcare.graph.parameters import (
     ATTRIBUTE,
     FUNCTION,
@@ -47,6 +48,8 @@ _OLDEST_OPSET = 8  # broadcasting from 7, Expand from 8
 # How far answers may be from the file's, relative to the largest: rounding of fused operators, of half precision, of
 # activations that are quantised as they come.
 EXACT, _HALF, _DYNAMIC = 1e-4, 2e-2, 1e-1
+# External data of more bytes stays where it is, but for small tensors; what is held inside may be 2 GB at most.
+_MANY, _LARGE, _MOST = 1 << 30, 1 << 20, (1 << 31) - (1 << 20)
 _TAG = "onnxcare:"
 
 
@@ -108,7 +111,7 @@ def working_form(model: Model, *, values: bool = True) -> WorkingForm:
         proto, inside = _inlined(proto)
         stored |= inside
     if values:
-        _load(proto, model)
+        _take_inside(proto, model)
     source = Source(model.proto, model.path.parent)
     _as_initializers(proto, stored, source)
     classical.to_standard_operators(proto, stored)
@@ -118,6 +121,12 @@ def working_form(model: Model, *, values: bool = True) -> WorkingForm:
     quantised.drop_unread(proto)
     half = halves.to_single_precision(proto)
     tolerance = _DYNAMIC if dynamic else _HALF if half else EXACT
+    held = sum(len(tensor.raw_data) for tensor in proto.graph.initializer)
+    if held > _MOST:
+        raise ModelError(
+            f"{model.path}: its weights come to {held / 1e9:.1f} GB as float32, and more than 2 GB can be held only "
+            "where the file has them as float32 in external data"
+        )
     rounded = any(operator(node) == "QuantizeLinear" for node in proto.graph.node)
     rounded |= any(isinstance(storage, Scaled) for storage in stored.values())
     return WorkingForm(proto, stored, tolerance, rounded)
@@ -142,12 +151,29 @@ def experiment_form(model: Model) -> WorkingForm:
         return form
 
 
-def _load(proto: onnx.ModelProto, model: Model) -> None:
-    try:
-        onnx.load_external_data_for_model(proto, str(model.path.parent))
-    except (OSError, ValueError, onnx.checker.ValidationError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ModelError(f"{model.path}: its external data cannot be read: {reason}") from error
+def _take_inside(proto: onnx.ModelProto, model: Model) -> None:
+    """Read external data, but for floating-point weights that are too many to be held several times.
+
+    Raises:
+        ModelError: it cannot be read.
+    """
+    outside = [tensor for tensor in tensors(proto) if uses_external_data(tensor)]
+    many = sum(_nbytes(tensor) for tensor in outside) > _MANY
+    for tensor in outside:
+        if many and tensor.data_type in (onnx.TensorProto.FLOAT, onnx.TensorProto.DOUBLE) and _nbytes(tensor) > _LARGE:
+            continue
+        try:
+            load_external_data_for_tensor(tensor, str(model.path.parent))
+        except (OSError, ValueError, onnx.checker.ValidationError) as error:
+            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            raise ModelError(f"{model.path}: its external data cannot be read: {reason}") from error
+        tensor.data_location = onnx.TensorProto.DEFAULT
+        del tensor.external_data[:]
+
+
+def _nbytes(tensor: onnx.TensorProto) -> int:
+    size = int(np.prod(tensor.dims, dtype=np.int64))
+    return size * onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type).itemsize
 
 
 def _inlined(proto: onnx.ModelProto) -> tuple[onnx.ModelProto, dict[str, Storage]]:
