@@ -139,7 +139,9 @@ class Experiment:
         other = copy.copy(self)
         vars(other).pop("multiply_adds", None)
         other.layers = [
-            layer if layer.refusal or layer.name in allowed else replace(layer, refusal="--layers leaves it out")
+            layer
+            if (layer.refusal and not layer.tied) or layer.name in allowed
+            else replace(layer, refusal="--layers leaves it out", tied=False)
             for layer in self.layers
         ]
         other.sites = [
@@ -217,13 +219,16 @@ class Experiment:
             wrong = next((name for name in (layer.input, layer.output) if name in lost), None)
             return layer.refusal or (_no_samples(wrong) if wrong else None)
 
+        def sound(layer: Layer) -> bool:
+            return layer.output in reached and not lost.intersection((layer.input, layer.output))
+
         def hindrance(site: Site) -> str | None:
             wrong = next((reader for reader in site.readers if reader.input in lost), None)
             return site.refusal or (f"layer {wrong.name}: {_no_samples(wrong.input)}" if wrong else None)
 
         self._inner = tuple(sorted({*names, self.logits} - lost - set(self.probe)))
         return (
-            [replace(layer, refusal=refusal(layer)) for layer in layers],
+            [replace(layer, refusal=refusal(layer), tied=layer.tied and sound(layer)) for layer in layers],
             [replace(site, refusal=hindrance(site)) for site in sites if site.tensor in reached - lost],
         )
 
