@@ -4,11 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from onnxcare.graph.layers import find_layers
 from onnxcare.graph.model import Model, Signature
-from onnxcare.graph.parameters import find_parameters
-from onnxcare.graph.sites import find_sites
-from onnxcare.graph.view import GraphView
+from onnxcare.graph.working import working_form
 
 
 @dataclass(frozen=True)
@@ -72,9 +69,9 @@ class Inspection:
 
 def inspect_model(model: Model) -> Inspection:
     """Return what the model consists of."""
-    view = GraphView(model.proto)
-    layers = find_layers(view)
-    sizes = {name: _size(p.shape) for name, p in find_parameters(view).items()}
+    form = working_form(model, values=False)
+    layers = form.layers
+    sizes = {name: _size(p.shape) for name, p in form.parameters.items()}
     proto = model.proto
     return Inspection(
         path=str(model.path),
@@ -108,7 +105,7 @@ def inspect_model(model: Model) -> Inspection:
                 readers=tuple(layer.name for layer in site.readers),
                 refusal=site.refusal,
             )
-            for site in find_sites(view, layers)
+            for site in form.sites
         ),
         metadata={entry.key: entry.value for entry in proto.metadata_props},
     )

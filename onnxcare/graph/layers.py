@@ -58,6 +58,8 @@ class Layer:
         beta: factor on the bias (Gemm).
         convolution: geometry, for Conv.
         refusal: why its weights cannot be rewritten; None if they can.
+        tied: whether that is because other nodes of the graph read the same weight, and for nothing else: it can be
+            changed for all of them together.
     """
 
     name: str
@@ -74,6 +76,7 @@ class Layer:
     beta: float = 1.0
     convolution: Convolution | None = None
     refusal: str | None = None
+    tied: bool = False
 
     @property
     def groups(self) -> int:
@@ -187,9 +190,14 @@ class Layer:
         return weight * (factors[None, :] if self.transposed else factors[:, None])
 
 
-def find_layers(view: GraphView) -> list[Layer]:
-    """Return the layers of the main graph in graph order, those that cannot be rewritten included."""
-    parameters = find_parameters(view)
+def find_layers(view: GraphView, parameters: Mapping[str, Parameter] | None = None) -> list[Layer]:
+    """Return the layers of the main graph in graph order, those that cannot be rewritten included.
+
+    Args:
+        view: the graph.
+        parameters: its constants, by name; None where they are held as they are read.
+    """
+    parameters = find_parameters(view) if parameters is None else parameters
     builders = {"Gemm": _gemm, "MatMul": _matmul, "Conv": _conv}
     layers = []
     for index, node in enumerate(view.nodes):
@@ -198,21 +206,22 @@ def find_layers(view: GraphView) -> list[Layer]:
             continue
         layer = build(view, parameters, index)
         if layer is not None:
-            layers.append(_with_refusal(layer))
+            layers.append(_with_refusal(view, layer))
     return layers
 
 
-def _with_refusal(layer: Layer) -> Layer:
+def _with_refusal(view: GraphView, layer: Layer) -> Layer:
     """Refuse shared and non-float weights by name; drop a bias that cannot be patched alone."""
+    if layer.weight.storage.refusal is not None:
+        return replace(layer, refusal=f"its weight {layer.weight.name!r} {layer.weight.storage.refusal}")
     if len(layer.weight.users) > 1:
+        # The same numbers may be read under other names, in branches, or as an output of the model.
+        here = len(view.consumers[layer.weight.name]) == len(layer.weight.users)
         others = [user for user in layer.weight.users if user != layer.name]
         who = others[0] if others else f"{layer.name} again"
-        return replace(layer, refusal=f"its weight {layer.weight.name!r} is also used by {who}")
-    if layer.weight.dtype not in (np.float32, np.float64):
-        kind = layer.weight.dtype
-        return replace(layer, refusal=f"its weight {layer.weight.name!r} is stored as {kind}")
+        return replace(layer, refusal=f"its weight {layer.weight.name!r} is also used by {who}", tied=here)
     bias = layer.bias
-    if bias is not None and (len(bias.users) > 1 or bias.dtype != layer.weight.dtype):
+    if bias is not None and (len(bias.users) > 1 or bias.dtype != layer.weight.dtype or bias.storage.refusal):
         return replace(layer, bias=None)
     return layer
 

@@ -17,7 +17,8 @@ import onnx
 from onnxcare.errors import ModelError, UsageError
 from onnxcare.graph import wire
 from onnxcare.graph.model import Model
-from onnxcare.graph.parameters import Parameter, encode, read
+from onnxcare.graph.parameters import Parameter
+from onnxcare.graph.storage import Source, differing
 
 Array = np.ndarray
 
@@ -54,15 +55,15 @@ class Patch:
 
     def summary(self, model: Model) -> list[TensorChange]:
         """Return what the patch changes, tensor by tensor, as it will be stored."""
-        changes = []
+        changes, source = [], Source(model.proto, model.path.parent)
         for parameter, values in self.values.items():
-            old = read(model.proto, parameter, model.path.parent).astype(np.float64)
-            new = values.astype(parameter.dtype).astype(np.float64)
-            changed = _differing(new, old)
+            old = parameter.storage.read(source).astype(np.float64)
+            new = parameter.storage.rounded(source, values).astype(np.float64)
+            changed = differing(new, old)
             norm = float(np.linalg.norm(new[changed] - old[changed]))
             relative = norm / max(float(np.linalg.norm(old)), 1e-30)
             count = int(changed.sum())
-            changes.append(TensorChange(parameter.name, parameter.shape, count, old.size, norm, relative))
+            changes.append(TensorChange(parameter.storage.name, parameter.shape, count, old.size, norm, relative))
         return changes
 
     def apply(self, model: Model) -> bytes:
@@ -73,14 +74,10 @@ class Patch:
         Raises:
             ModelError: the new values overflow the tensor's type, or the bytes are laid out in an unusual way.
         """
-        edits = {}
+        edits: dict[wire.Path, bytes] = {}
+        source = Source(model.proto, model.path.parent)
         for parameter, values in self.values.items():
-            stored = values.astype(parameter.dtype)
-            # Infinities that were there before may stay: masks are made of them.
-            unfit = ~np.isfinite(stored)
-            if unfit.any() and (unfit & _differing(stored, read(model.proto, parameter, model.path.parent))).any():
-                raise ModelError(f"{parameter.name}: the repair does not fit into {parameter.dtype}")
-            edits[parameter.path] = encode(model.proto, parameter, stored)
+            edits |= parameter.storage.encode(source, values)
         try:
             return wire.splice(model.data, edits)
         except (KeyError, ValueError):
@@ -88,11 +85,6 @@ class Patch:
             raise ModelError(
                 f"{model.path}: its bytes cannot be patched in place; save it again with onnx.save"
             ) from None
-
-
-def _differing(new: Array, old: Array) -> Array:
-    """Return which values differ; NaN is the same as NaN."""
-    return (new != old) & ~(np.isnan(new) & np.isnan(old))
 
 
 def with_metadata(data: bytes, entries: Mapping[str, str]) -> bytes:

@@ -97,6 +97,15 @@ def differing(before: bytes, after: bytes, folder: FilePath) -> list[int]:
     return np.flatnonzero((bits[0] != bits[1]).any(axis=1)).tolist()
 
 
+def differing_numbers(before: bytes, after: bytes) -> list[int]:
+    """Check that two serialized attributes are the same but for their list of numbers; return the positions that differ."""
+    old, new = onnx.AttributeProto.FromString(before), onnx.AttributeProto.FromString(after)
+    values = [np.array(attribute.floats, np.float32).view(np.uint32) for attribute in (old, new)]
+    del old.floats[:], new.floats[:]
+    assert old.SerializeToString() == new.SerializeToString()
+    return np.flatnonzero(values[0] != values[1]).tolist()
+
+
 def without(proto: onnx.ModelProto, path: Path) -> bytes:
     """Return a model, serialized, with the message at `path` emptied."""
     copy = onnx.ModelProto.FromString(proto.SerializeToString())

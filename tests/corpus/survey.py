@@ -10,18 +10,18 @@ from pathlib import Path
 
 import numpy as np
 import onnx
-from corpus.compare import around, differing, float_tensors, without
+from corpus.compare import around, differing, differing_numbers, float_tensors, without
 from corpus.sources import Entry
 from onnx import numpy_helper
 
 from onnxcare.errors import OnnxcareError
-from onnxcare.graph.layers import find_layers
 from onnxcare.graph.model import Model, load_model
 from onnxcare.graph.parameters import Parameter, find_parameters
 from onnxcare.graph.patch import Patch, publish, staged, with_metadata
-from onnxcare.graph.sites import find_sites
-from onnxcare.graph.surgery import experiment_copy, import_graph
+from onnxcare.graph.storage import Numbers, Source, Tensor
+from onnxcare.graph.surgery import import_graph
 from onnxcare.graph.view import GraphView
+from onnxcare.graph.working import experiment_form, working_form
 from onnxcare.inspection import inspect_model
 
 # What a refusal says, and what it is called in the table.
@@ -38,13 +38,13 @@ _REASONS = (
 )
 # What is counted, and what stands above it in the table.
 _COLUMNS = (
-    "models", "loaded", "refused", "identical", "floats", "reached", "tensors", "patched", "inspected", "layers", "open",
+    "models", "loaded", "refused", "identical", "floats", "reached", "tensors", "coded", "patched", "inspected", "layers", "open",
     "sites", "copied", "no copy",
 )  # fmt: skip
 _LEGEND = """\
 loaded: by onnxruntime; refused: in one line that says why; identical: written back unchanged, and again with metadata
-floats: models that hold float values; reached: as parameters; tensors: how many parameters; patched: one bit of them
-changed, and nothing else; layers, open, sites: models that have them; copied: for experiments; no copy: refused to be"""
+floats: models that hold float values; reached: as parameters; tensors: how many parameters; coded: and how many in whole
+numbers, lists or sparse; patched: one element changed (of a tensor, one bit) and nothing else; layers, open, sites: models that have them; copied: for experiments; no copy: refused to be"""
 
 
 @dataclass
@@ -90,7 +90,7 @@ class Survey:
             count("loaded")
             self._look(model, count)
             try:
-                import_graph(experiment_copy(model), str(path))
+                import_graph(experiment_form(model).proto, str(path))
                 count("copied")
             except OnnxcareError as error:
                 refused(error, "no copy")
@@ -102,18 +102,14 @@ class Survey:
             self.problems.append(f"{entry.source}, {entry.name}: {type(error).__name__}: {error}")
 
     def _look(self, model: Model, count: Callable[[str], None]) -> None:
-        view = GraphView(model.proto)
-        layers = find_layers(view)
-        sites = find_sites(view, layers)
-        seen = inspect_model(model)
-        assert len(seen.layers) == len(layers) and len(seen.sites) == len(sites)
-        assert all(site.units > 0 for site in sites)
+        form, seen = working_form(model), inspect_model(model)
+        # Looking needs no values.
+        assert [item.name for item in seen.layers] == [layer.name for layer in form.layers]
+        assert [item.site for item in seen.sites] == [site.tensor for site in form.sites]
+        assert all(site.units > 0 for site in form.sites)
         count("inspected")
-        for what, found in (
-            ("layers", layers),
-            ("open", [layer for layer in layers if layer.refusal is None]),
-            ("sites", sites),
-        ):
+        opened = [layer for layer in form.layers if layer.refusal is None]
+        for what, found in (("layers", form.layers), ("open", opened), ("sites", form.sites)):
             if found:
                 count(what)
 
@@ -129,36 +125,57 @@ class Survey:
 
     def _patch(self, model: Model, data: bytes, count: Callable[..., None]) -> None:
         held = {item.path: item.tensor for item in float_tensors(model.proto)}
-        known = [parameter for parameter in find_parameters(GraphView(model.proto)).values() if parameter.path in held]
+        known = [*find_parameters(GraphView(model.proto)).values(), *working_form(model).parameters.values()]
+        found = {parameter.path: parameter for parameter in known if parameter.storage.refusal is None}
         if held:
             count("floats")
-        if known:
+        if held.keys() & found.keys():
             count("reached")
-        for parameter in known[: self.most]:
-            values = numpy_helper.to_array(held[parameter.path], str(model.path.parent))
-            at = _finite(values)
-            if at is not None:
-                _patch_one(model, data, parameter, values, at)
+        for path, parameter in list(found.items())[: self.most]:
+            plain = isinstance(parameter.storage, Tensor) and path in held
+            changed = _flip(model, data, parameter, held[path]) if plain else _clear(model, data, parameter)
+            count("tensors" if plain else "coded")
+            if changed:
                 count("patched")
-            count("tensors")
 
 
-def _finite(values: np.ndarray) -> int | None:
-    """Return the position of a finite value near the middle, None if there is none."""
-    found = np.flatnonzero(np.isfinite(values.reshape(-1)))
-    return int(found[len(found) // 2]) if len(found) else None
-
-
-def _patch_one(model: Model, data: bytes, parameter: Parameter, values: np.ndarray, at: int) -> None:
-    """Flip the lowest bit of one element, write the file, read it again, and check that nothing else differs."""
+def _flip(model: Model, data: bytes, parameter: Parameter, tensor: onnx.TensorProto) -> bool:
+    """Flip the lowest bit of a finite value near the middle of a tensor, if there is one."""
+    values = numpy_helper.to_array(tensor, str(model.path.parent))
+    finite = np.flatnonzero(np.isfinite(values.reshape(-1)))
+    if not len(finite):
+        return False
+    at = int(finite[len(finite) // 2])
     bits = np.array(values).reshape(-1).view(f"u{values.dtype.itemsize}")
     bits[at] ^= 1
-    new = bits.view(values.dtype).reshape(values.shape)
-    after = _written(model, Patch({parameter: new}).apply(model))
-    assert differing(*around(data, after, parameter.path), model.path.parent) == [at]
-    assert without(model.proto, parameter.path) == without(onnx.ModelProto.FromString(after), parameter.path)
-    (change,) = Patch({parameter: new}).summary(model)
+    old, new = _patched(model, data, parameter, bits.view(values.dtype).reshape(values.shape))
+    assert differing(old, new, model.path.parent) == [at]
+    return True
+
+
+def _clear(model: Model, data: bytes, parameter: Parameter) -> bool:
+    """Set one weight to zero, if there is one that is not: whole numbers, lists and sparse tensors can hold that."""
+    values = parameter.storage.read(Source(model.proto, model.path.parent)).copy()
+    others = np.flatnonzero(values)
+    if not len(others):
+        return False
+    at = int(others[len(others) // 2])
+    values.flat[at] = 0
+    old, new = _patched(model, data, parameter, values)
+    if isinstance(parameter.storage, Numbers):
+        assert differing_numbers(old, new) == [at]
+    else:
+        assert len(differing(old, new, model.path.parent)) == 1
+    return True
+
+
+def _patched(model: Model, data: bytes, parameter: Parameter, values: np.ndarray) -> tuple[bytes, bytes]:
+    """Write a file with new values and read it again; nothing but the message that holds them may differ."""
+    after = _written(model, Patch({parameter: values}).apply(model))
+    (change,) = Patch({parameter: values}).summary(model)
     assert (change.changed, change.size) == (1, values.size)
+    assert without(model.proto, parameter.path) == without(onnx.ModelProto.FromString(after), parameter.path)
+    return around(data, after, parameter.path)
 
 
 def _written(model: Model, data: bytes) -> bytes:

@@ -156,8 +156,7 @@ def _fold(
         by_feature[features] = factors[:, None]
         values[layer.weight] = layer.scale_inputs(by_feature, experiment.read(layer.weight))
     proto = onnx.ModelProto.FromString(Patch(values).apply(model))
-    patched = ByHand(model.path.parent, proto)
-    (folded,) = patched.run(x, experiment.logits)
+    (folded,) = ByHand(model.path.parent, proto).run(x, experiment.logits)
     zero = np.zeros((1, 1, *[1] * rank), np.float32)
     assert_close(suffix.affine(suffix.cache(x), spread_units(factors[None], site, rank), zero)[0], folded, TOLERANCE)
     seen["folded"] += 1
