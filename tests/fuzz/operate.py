@@ -155,6 +155,8 @@ def _fold(
         by_feature = np.empty(layer.inputs)
         by_feature[features] = factors[:, None]
         values[layer.weight] = layer.scale_inputs(by_feature, experiment.read(layer.weight))
+    if not all(parameter.storage.exact for parameter in values):
+        return
     proto = onnx.ModelProto.FromString(Patch(values).apply(model))
     (folded,) = ByHand(model.path.parent, proto).run(x, experiment.logits)
     zero = np.zeros((1, 1, *[1] * rank), np.float32)
