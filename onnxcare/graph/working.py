@@ -39,7 +39,7 @@ from onnxcare.graph.parameters import (
     storages,
 )
 from onnxcare.graph.sites import Site, find_sites
-from onnxcare.graph.storage import FLOATS, WHOLE, Scaled, Source, Storage, Tensor
+from onnxcare.graph.storage import EIGHTHS, FLOATS, PACKED, WHOLE, Scaled, Source, Storage, Tensor
 from onnxcare.graph.view import GraphView, attribute, operator
 
 # Constants of at most so many elements are worked out even where values are not asked for: shapes and axes.
@@ -281,7 +281,7 @@ class _Folding:
         if held is None or node.input[0] not in self.shapes or target not in FLOATS:
             return None
         self._note(node, self.shapes[node.input[0]], target)
-        if held.refusal is None:
+        if held.refusal is None or held.data_type in EIGHTHS:
             self._held[node.output[0]] = held
             return held
         if held.data_type in WHOLE:
@@ -308,7 +308,9 @@ class _Folding:
     def _dequantised(self, node: onnx.NodeProto) -> Storage | None:
         whole, scale, *rest = (self._held.get(name) for name in node.input if name)
         x = node.input[0]
-        if whole is None or scale is None or None in rest or whole.data_type not in WHOLE or x not in self.shapes:
+        if whole is None or scale is None or None in rest or x not in self.shapes:
+            return None
+        if whole.data_type not in (*WHOLE, *PACKED, *EIGHTHS):
             return None
         zero = rest[0].path if rest and rest[0] is not None else None
         self._note(node, self.shapes[x], self.types[node.input[1]])
