@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import io
 import json
+import re
+import shlex
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -710,3 +715,26 @@ def test_a_patch_file_overwrites_no_external_data(tiny: Paths) -> None:
     before = contents(tiny.folder)
     check_refusal(fix(tiny, "--patch", sidecar), 2, sidecar)
     assert contents(tiny.folder) == before
+
+
+# -- the page about them -------------------------------------------------------------------------
+
+
+def test_the_page_about_patches_is_true(patch_of_tiny: Paths, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    page = (Path(__file__).parents[1] / "docs/how-to/patches.md").read_text(encoding="utf-8")
+    lines = "".join(re.findall(r"```sh\n(.*?)```", page, re.DOTALL)).splitlines()
+    assert "--patch repair.safetensors" in lines[0]  # that has been done
+    shutil.copytree(patch_of_tiny.folder, tmp_path, dirs_exist_ok=True)
+    monkeypatch.chdir(tmp_path)
+    Path("p.safetensors").rename("repair.safetensors")
+    for line in lines[1:]:
+        command, _, code = line.partition("  # exits with ")
+        result = onnxcare(*shlex.split(command)[1:])
+        assert result.exit_code == int(code or 0), (line, result.output)
+    assert Path("again.onnx").read_bytes() == Path("repaired.onnx").read_bytes()
+    assert Path("original.onnx").read_bytes() == Path("model.onnx").read_bytes()
+    (example,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    shown = io.StringIO()
+    with contextlib.redirect_stdout(shown):
+        exec(example, {})
+    assert "second.weight/old float32" in shown.getvalue()

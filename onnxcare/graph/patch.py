@@ -50,16 +50,20 @@ class TensorChange:
     @classmethod
     def between(cls, name: str, old: Array, new: Array) -> TensorChange:
         """Return how much values of the same shape and type differ."""
-        changed = int((as_bytes(old) != as_bytes(new)).any(axis=-1).sum())
+        # By their bytes: NaN equals itself there, and -0 is another number than 0.
+        changed = (_as_bytes(old) != _as_bytes(new)).any(axis=-1)
         wide = np.complex128 if np.iscomplexobj(old) else np.float64
-        old, new = old.astype(wide), new.astype(wide)
-        norm = float(np.linalg.norm(new - old))
-        relative = norm / max(float(np.linalg.norm(old)), 1e-30)
-        return cls(name, old.shape, changed, old.size, norm, relative, float(np.abs(new - old).max(initial=0)))
+        before, after = (values.reshape(-1)[changed].astype(wide) for values in (old, new))
+        with np.errstate(invalid="ignore", over="ignore"):
+            differences = np.abs(after - before)
+            norm = float(np.linalg.norm(differences))
+            relative = norm / max(float(np.linalg.norm(old.astype(wide))), 1e-30)
+        largest = float(differences.max(initial=0))
+        return cls(name, old.shape, int(changed.sum()), old.size, norm, relative, largest)
 
 
-def as_bytes(values: Array) -> Array:
-    """Return every value as its bytes, [values, bytes]: NaN equals itself there, and -0 is another number than 0."""
+def _as_bytes(values: Array) -> Array:
+    """Return the bytes of every value, [values, bytes]."""
     flat = np.ascontiguousarray(values).reshape(-1)
     return flat.view(np.uint8).reshape(flat.size, values.dtype.itemsize)
 
