@@ -28,7 +28,7 @@ from onnxcare.errors import ModelError
 from onnxcare.graph import classical, halves, quantised, wire
 from onnxcare.graph.batch import free_batch
 from onnxcare.graph.layers import Layer, find_layers
-from onnxcare.graph.model import Model, tensors
+from onnxcare.graph.model import Model
 from onnxcare.graph.parameters import (
     ATTRIBUTE,
     FUNCTION,
@@ -38,6 +38,7 @@ from onnxcare.graph.parameters import (
     find_parameters,
     storages,
 )
+from onnxcare.graph.places import tensors
 from onnxcare.graph.sites import Site, find_sites
 from onnxcare.graph.storage import EIGHTHS, FLOATS, PACKED, WHOLE, Scaled, Source, Storage, Tensor
 from onnxcare.graph.view import GraphView, attribute, operator
