@@ -54,11 +54,8 @@ def repair(case: Case, locators: Sequence[str] = LOCATORS) -> Repair:
     """
     sites = [site for site in case.experiment.sites if hindrance_at(site) is None]
     if not sites:
-        reasons = [hindrance_at(site) for site in case.experiment.sites]
-        why = (
-            "; ".join(reason for reason in reasons[:3] if reason)
-            or "it has no hidden layer in front of a Gemm, MatMul or Conv"
-        )
+        reasons = [reason for reason in map(hindrance_at, case.experiment.sites) if reason]
+        why = "; ".join(reasons[:3]) or "it has no hidden layer in front of a Gemm, MatMul or Conv"
         raise ModelError(f"{case.experiment.model.path}: no multiplier can be folded into weights: {why}")
     attributions = attribute_sites(case, sites, locators=locators)
     selections = select_units(case, attributions, most=_MOST_UNITS)
