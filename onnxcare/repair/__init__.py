@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from functools import partial
 from importlib import import_module
 
@@ -15,7 +15,8 @@ from onnxcare.locators import chosen
 from onnxcare.repair.base import Repair
 
 # Modules with functions `repair(case, [locators]) -> Repair` and `hindrance(anatomy, layer) -> str | None`, by the name
-# of the method. One that works on units otherwise than through the layers around them also has `hindrance_at(site)`.
+# of the method. One that works on units otherwise than through the layers around them also has `hindrance_at(site)`,
+# and one that changes further nodes together with layers `beside_layers(anatomy)`.
 METHODS = {
     "auto": "onnxcare.repair.auto",
     "care": "onnxcare.repair.care",
@@ -50,6 +51,13 @@ def find(method: str, locator: str = "auto") -> Callable[[Case], Repair]:
 def hindrances(anatomy: Anatomy, layer: Layer) -> dict[str, str | None]:
     """Return why each method cannot change a layer, None for those that can, by the name of the method."""
     return {method: import_module(name).hindrance(anatomy, layer) for method, name in METHODS.items()}
+
+
+def changing_beside_layers(anatomy: Anatomy, outputs: Collection[str]) -> list[str]:
+    """Return the methods that change a node which is no layer, but goes with one; it is known by what it writes."""
+    modules = {method: import_module(name) for method, name in METHODS.items()}
+    able = [method for method, module in modules.items() if hasattr(module, "beside_layers")]
+    return [method for method in able if not set(outputs).isdisjoint(modules[method].beside_layers(anatomy))]
 
 
 def hindrances_at(anatomy: Anatomy, site: Site) -> dict[str, str | None]:

@@ -38,6 +38,11 @@ def hindrance(anatomy: Anatomy, layer: Layer) -> str | None:
     return pruning.hindrance(anatomy, layer)
 
 
+def beside_layers(anatomy: Anatomy) -> list[str | None]:
+    """Return what nodes write that are changed beside layers."""
+    return [pruning.normalised_behind(anatomy, layer) for layer in anatomy.layers]
+
+
 def applies(case: Case) -> bool:
     """Return whether some property is about a backdoor: single channels that stand out are the mark of a trigger."""
     return any(item.kind == "backdoor" for item in case.properties)

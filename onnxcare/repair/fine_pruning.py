@@ -50,6 +50,12 @@ def hindrance(anatomy: Anatomy, layer: Layer) -> str | None:
     return None if layer.name == last.name else network_finetune.hindrance(anatomy, layer)
 
 
+def beside_layers(anatomy: Anatomy) -> list[str | None]:
+    """Return what nodes write that are changed beside layers."""
+    last = pruning.last_prunable(anatomy)
+    return [] if last is None else [pruning.normalised_behind(anatomy, last)]
+
+
 def applies(case: Case) -> bool:
     """Return whether some property is about a backdoor: it is triggers that wake channels which sleep otherwise."""
     return any(item.kind == "backdoor" for item in case.properties)

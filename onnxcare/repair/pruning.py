@@ -100,6 +100,12 @@ def last_prunable(anatomy: Anatomy) -> Layer | None:
     return next((layer for layer in reversed(_hidden(anatomy)) if hindrance(anatomy, layer) is None), None)
 
 
+def normalised_behind(anatomy: Anatomy, layer: Layer) -> str | None:
+    """Return what the BatchNormalization writes whose channels are pruned with those of a layer; None for none."""
+    found = _normalisation(anatomy, layer) if hindrance(anatomy, layer) is None else None
+    return None if found is None else found[0]
+
+
 def _hidden(anatomy: Anatomy) -> list[Layer]:
     """Return the hidden convolutions, or the hidden dense layers where there are none."""
     written = {name for site in anatomy.sites for name in site.writers}
