@@ -16,6 +16,7 @@ from onnxcare.graph.anatomy import Anatomy, anatomy_of
 from onnxcare.graph.layers import Layer
 from onnxcare.graph.light import inferred
 from onnxcare.graph.model import Model, Signature
+from onnxcare.graph.view import as_text
 from onnxcare.inspection.base import Constant, File, Inspection, LayerInfo, SiteInfo, Value
 from onnxcare.inspection.constants import Constants, Held, Reader, find_constants
 from onnxcare.inspection.values import declared_value, declared_values, type_name
@@ -56,7 +57,8 @@ def inspect_model(model: Model) -> Inspection:
 
 def operator_name(node: onnx.NodeProto) -> str:
     """Return a node's operator, with its domain where that is not ONNX's own."""
-    return node.op_type if node.domain in ("", "ai.onnx") else f"{node.domain}.{node.op_type}"
+    name = as_text(node.op_type)
+    return name if node.domain in ("", "ai.onnx") else f"{as_text(node.domain)}.{name}"
 
 
 # -- the file ------------------------------------------------------------------------------------
@@ -64,7 +66,7 @@ def operator_name(node: onnx.NodeProto) -> str:
 
 def _file(model: Model, nodes: Iterable[onnx.NodeProto]) -> File:
     proto = model.proto
-    quantised = Counter(operator_name(node) for node in nodes if node.op_type.startswith(tuple(_QUANTISED)))
+    quantised = Counter(operator_name(node) for node in nodes if as_text(node.op_type).startswith(tuple(_QUANTISED)))
     return File(
         path=str(model.path),
         sha256=model.sha256,
@@ -114,20 +116,16 @@ def _fits(model: Model, decision: Decision) -> bool:
 
 def _layers(anatomy: Anatomy, constants: Constants) -> list[LayerInfo]:
     """Return the layers and the other nodes that hold weights; every number counts where it is read first."""
-    layers = {layer.name: layer for layer in anatomy.layers}
-    counted: dict[Held, str] = {}
+    by_output = {anatomy.view.nodes[layer.node].output[0]: layer for layer in anatomy.layers}
+    counted: dict[Held, Reader] = {}
     found = []
-    shown = set()
     for reader in constants.readers:
-        layer = layers.get(reader.label) if not reader.inside else None
+        layer = by_output.get(reader.node.output[0]) if reader.node.output and not reader.inside else None
         if layer is None and not reader.holds_weights:
             continue
         if layer is not None:
-            shown.add(layer.name)
             _claim_bias(layer, reader, constants)
         found.append(_info(reader, layer, anatomy, counted))
-    # What is seen only once functions are inlined has its numbers at the function.
-    found += [_bare(layer, anatomy) for layer in anatomy.layers if layer.name not in shown]
     return found
 
 
@@ -141,11 +139,11 @@ def _claim_bias(layer: Layer, reader: Reader, constants: Constants) -> None:
             reader.reads.append(type(item)(item.held, f"B {item.role}".strip()))
 
 
-def _info(reader: Reader, layer: Layer | None, anatomy: Anatomy, counted: dict[Held, str]) -> LayerInfo:
+def _info(reader: Reader, layer: Layer | None, anatomy: Anatomy, counted: dict[Held, Reader]) -> LayerInfo:
     held, weights, biases = [], 0, 0
     for item in reader.reads:
-        first = counted.setdefault(item.held, reader.label)
-        mine = first == reader.label
+        first = counted.setdefault(item.held, reader)
+        mine = first is reader
         if mine:
             weights += 0 if item.bias else item.held.numbers
             biases += item.held.numbers if item.bias else 0
@@ -156,7 +154,7 @@ def _info(reader: Reader, layer: Layer | None, anatomy: Anatomy, counted: dict[H
                 type=item.held.type,
                 shape=item.held.shape,
                 numbers=item.held.numbers,
-                counted_at=None if mine else first,
+                counted_at=None if mine else first.label,
             )
         )
     output = layer.output if layer is not None else next(iter(reader.node.output), None)
@@ -171,21 +169,6 @@ def _info(reader: Reader, layer: Layer | None, anatomy: Anatomy, counted: dict[H
         biases=biases,
         constants=tuple(held),
         methods=repair.hindrances(anatomy, layer) if layer is not None else _refused(reader, anatomy),
-    )
-
-
-def _bare(layer: Layer, anatomy: Anatomy) -> LayerInfo:
-    return LayerInfo(
-        name=layer.name,
-        operator=layer.operator,
-        inside=(),
-        layer=True,
-        input=Value(layer.input),
-        output=Value(layer.output),
-        weights=0,
-        biases=0,
-        constants=(),
-        methods=repair.hindrances(anatomy, layer),
     )
 
 

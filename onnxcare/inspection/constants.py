@@ -16,7 +16,7 @@ import onnx
 from onnx import defs
 
 from onnxcare.findings.walk import subgraphs
-from onnxcare.graph.view import operator
+from onnxcare.graph.view import as_text, operator
 from onnxcare.inspection.base import Value
 from onnxcare.inspection.values import declared_values, element_type
 
@@ -201,7 +201,7 @@ class _Scope:
 
 def formal_name(node: onnx.NodeProto, position: int) -> str:
     """Return what an operator calls one of its inputs; nothing where it does not say."""
-    names = _formal_names("" if node.domain == "ai.onnx" else node.domain, node.op_type)
+    names = _formal_names("" if node.domain == "ai.onnx" else as_text(node.domain), as_text(node.op_type))
     return names[min(position, len(names) - 1)] if names else ""
 
 

@@ -11,6 +11,7 @@ from onnxcare.findings.walk import subgraphs
 from onnxcare.graph.anatomy import anatomy_of
 from onnxcare.graph.light import inferred
 from onnxcare.graph.model import Model
+from onnxcare.graph.view import as_text
 from onnxcare.inspection import operator_name
 from onnxcare.inspection.base import Inspection, LayerInfo, Methods, Shape, SiteInfo, Value
 from onnxcare.inspection.constants import formal_name
@@ -52,11 +53,10 @@ class _Picture:
         self._inspection = inspection
         self._view = view = anatomy.view
         self._values: Mapping[str, Value] = declared_values(inferred(model.proto).graph)
-        self._rows = {row.name: row for row in inspection.layers if not row.inside}
+        self._rows = {row.output.name: row for row in inspection.layers if not row.inside and row.output is not None}
         self._sites = {site.tensor: site for site in inspection.sites}
         self._functions = {(item.domain, item.name): len(item.node) for item in model.proto.functions}
-        labels = {view.label(index): index for index in range(len(view.nodes))}
-        tables = {labels[name] for name, row in self._rows.items() if row.operator == "Gather" and name in labels}
+        tables = {view.producer[name] for name, row in self._rows.items() if row.operator == "Gather"}
         self._boxes: Boxes = boxes_of(view, anatomy.layers, self._sites, tables)
 
     def render(self) -> str:
@@ -89,13 +89,12 @@ class _Picture:
         nodes = [(index, self._view.nodes[index]) for index in group.nodes]
         if len(nodes) > 1 and group.layer is None:
             return self._folded(nodes)
-        index, node = nodes[0]
-        label = self._view.label(index)
-        row = self._rows.get(label)
+        _, node = nodes[0]
+        row = self._row(nodes)
         head = " + ".join(operator_name(item) for _, item in nodes)
         lines = [Line("head", head)]
         if node.name:
-            lines.append(Line("name", node.name))
+            lines.append(Line("name", as_text(node.name)))
         lines += self._held(nodes, row)
         lines += [Line("word", text) for text in self._inside(node)]
         kind = "plain"
@@ -115,7 +114,7 @@ class _Picture:
         scope = _common_scope([node.name for _, node in nodes])
         if scope:
             lines[1] = Line("name", f"{scope}: {len(nodes)} nodes")
-        rows = [row for index, _ in nodes if (row := self._rows.get(self._view.label(index))) is not None]
+        rows = [row for item in nodes if (row := self._row([item])) is not None]
         held = [
             Line("data", f"{item.role or item.name} {_product(item.shape)}")
             for row in rows
@@ -125,6 +124,11 @@ class _Picture:
         lines += _limited(held)
         told = [f"{operator_name(node)} {self._view.label(index)}" for index, node in nodes]
         return Box("holder" if held else "plain", lines, "\n".join(told), stacked=True)
+
+    def _row(self, nodes: Sequence[tuple[int, onnx.NodeProto]]) -> LayerInfo | None:
+        """Return what was found out about nodes that hold weights, None for others."""
+        written = (name for _, node in nodes for name in node.output)
+        return next((self._rows[name] for name in written if name in self._rows), None)
 
     def _held(self, nodes: Sequence[tuple[int, onnx.NodeProto]], row: LayerInfo | None) -> list[Line]:
         """Return a line for each constant of a box: shapes of tensors, values of short ones."""
@@ -230,7 +234,8 @@ def _reads(node: onnx.NodeProto) -> list[str]:
 
 def _port(value: Value, what: str) -> Box:
     shape = "" if value.shape is None else f" {_product(value.shape)}"
-    return Box("port", [Line("head", value.name), Line("data", f"{value.type}{shape}")], f"{what} {value.name}")
+    name = as_text(value.name)
+    return Box("port", [Line("head", name), Line("data", f"{value.type}{shape}")], f"{what} {name}")
 
 
 def _limited(lines: list[Line]) -> list[Line]:
@@ -288,7 +293,7 @@ def _common_scope(names: Sequence[str]) -> str:
     """Return what the names of nodes have in common, up to a separator."""
     if not all(names):
         return ""
-    parts = [name.split("/")[:-1] for name in names]
+    parts = [as_text(name).split("/")[:-1] for name in names]
     shared = []
     for same in zip(*parts, strict=False):
         if len(set(same)) > 1:

@@ -7,6 +7,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from onnxcare.graph.view import as_text
 from onnxcare.inspection.base import File, Inspection, LayerInfo, Methods, Shape, Value
 from onnxcare.report.words import one_line
 
@@ -55,7 +56,8 @@ def _show_file(inspection: Inspection, console: Console) -> None:
     console.print(f"[bold]{_plain(file.path)}[/bold]  {_size(file.bytes)}, sha256 {file.sha256[:12]}")
     operators = [f"{count} {_plain(name)}" for name, count in inspection.operators.items()]
     if len(operators) > _SHOWN_OPERATORS:
-        operators[_SHOWN_OPERATORS:] = [f"{len(operators) - _SHOWN_OPERATORS} other kinds"]
+        rest = len(operators) - _SHOWN_OPERATORS
+        operators[_SHOWN_OPERATORS:] = [f"{rest} other kind{'s' if rest > 1 else ''}"]
     console.print(f"{inspection.nodes:,} nodes: {', '.join(operators)}")
     console.print("; ".join(_facts(file)))
     for path, size in file.external.items():
@@ -185,5 +187,5 @@ def _size(count: int) -> str:
     return f"{count} bytes" if units[0] == "bytes" else f"{amount:.1f} {units[0]}"
 
 
-def _plain(name: str) -> str:
-    return escape(one_line(name))
+def _plain(name: str | bytes) -> str:
+    return escape(one_line(as_text(name)))

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from onnxcare._version import __version__
+from onnxcare.graph.view import as_text
 from onnxcare.inspection.base import Inspection
 from onnxcare.measures import Finding, Measure, Rate
 from onnxcare.results import Check
@@ -147,7 +148,9 @@ def _plain(value: Any) -> Any:
                 found[name] = _plain(getattr(value, name))
         return found
     if isinstance(value, dict) or hasattr(value, "items"):
-        return {str(key): _plain(item) for key, item in value.items()}
+        return {str(_plain(key)): _plain(item) for key, item in value.items()}
+    if isinstance(value, bytes):
+        return as_text(value)
     if isinstance(value, np.dtype):
         return value.name
     if isinstance(value, np.ndarray | np.generic):
