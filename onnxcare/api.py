@@ -74,13 +74,28 @@ def load(model: str | Path) -> Model:
     return load_model(model)
 
 
-def inspect(model: str | Path) -> Inspection:
-    """Return what a model consists of: signature, layers, sites, and what can be repaired.
+def inspect(model: str | Path, *, picture: str | Path | None = None) -> Inspection:
+    """Return what a model consists of: signature, layers, sites, and what can be repaired by which method.
+
+    Args:
+        model: path of the ONNX file; only its weights in the file itself are read.
+        picture: where a drawing of the graph goes, an SVG file; None for none.
 
     Raises:
         ModelError: the file cannot be used.
+        UsageError: the drawing cannot be written there.
     """
-    return inspect_model(load_model(model))
+    if picture is not None:
+        check_output(Path(picture), [], Path(model), in_place=False)
+    loaded = load_model(model)
+    found = inspect_model(loaded)
+    if picture is not None:
+        from onnxcare.report import graph_picture
+
+        if Path(picture).exists():
+            check_output(Path(picture), list(loaded.external_files()), Path(model), in_place=False)
+        write_atomically(Path(picture), graph_picture.draw(loaded, found))
+    return found
 
 
 @few_blas_threads()

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 METHODS = ("auto", "care", "ai-lancet-flip", "ai-lancet-finetune", "clp", "fine-pruning", "fine-tuning")
 LOCATORS = ("auto", "causal", "interchange", "differential")
 FORMATS = ("text", "json", "junit", "sarif")
+INSPECT_FORMATS = ("text", "json")
 
 # The package itself checks every path, so that the same fault has the same message and exit code everywhere.
 _path = click.Path(path_type=Path, readable=False)
@@ -339,17 +340,25 @@ def diff(
 
 @main.command()
 @_model
-@click.option("--json", "as_json", is_flag=True, help="Print the whole result as JSON.")
-def inspect(model: Path, as_json: bool) -> None:
-    """Show what MODEL consists of, what can be repaired and what not, and why."""
+@click.option(
+    "--format",
+    "form",
+    type=click.Choice(INSPECT_FORMATS),
+    default="text",
+    show_default=True,
+    help="How to show it.",
+)
+@click.option("--picture", metavar="GRAPH.svg", type=_path, help="Also draw the graph into this file.")
+def inspect(model: Path, form: str, picture: Path | None) -> None:
+    """Show what MODEL consists of, what can be repaired by which method and what not, and why."""
     from onnxcare import api
-    from onnxcare.report import json, text
+    from onnxcare.report import inspection, json
 
-    result = api.inspect(model)
-    if as_json:
-        click.echo(json.render(result), nl=False)
+    result = api.inspect(model, picture=picture)
+    if form == "json":
+        click.echo(json.render_inspection(result), nl=False)
     else:
-        text.show_inspection(result, console())
+        inspection.show_inspection(result, console())
 
 
 @main.command()

@@ -18,6 +18,8 @@ import numpy as np
 
 from onnxcare.case import Case
 from onnxcare.errors import DataError, ModelError
+from onnxcare.graph.anatomy import Anatomy
+from onnxcare.graph.layers import Layer
 from onnxcare.panel import Outcome
 from onnxcare.repair import cascade, cut, directions, finetune, last_layer, network_finetune, neuron_finetune
 from onnxcare.repair.base import Candidate, Found, Repair, Values
@@ -72,6 +74,11 @@ def repair(case: Case) -> Repair:
     candidates[0] = Candidate("no change", case.before)
     chosen = chosen if values else candidates[0]
     return Repair("auto", values, chosen, candidates, {"rounds": rounds}, pareto_front(candidates), notes)
+
+
+def hindrance(anatomy: Anatomy, layer: Layer) -> str | None:
+    """Say why no strategy can change a layer; None if one can."""
+    return layer.refusal
 
 
 def _worth_it(found: Outcome, before: Outcome, further: bool) -> bool:

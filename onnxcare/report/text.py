@@ -9,7 +9,6 @@ from rich.markup import escape
 from rich.table import Table
 
 from onnxcare.graph.patch import TensorChange
-from onnxcare.inspection import Inspection
 from onnxcare.measures import Finding, Measure, Rate, Verdict
 from onnxcare.properties.backdoor import CONFUSION
 from onnxcare.repair.base import Candidate
@@ -255,39 +254,6 @@ def _show_layers(location: Location, console: Console) -> None:
             "gradient" if item.gradient else "interventions",
         )
     console.print(layers)
-
-
-def show_inspection(inspection: Inspection, console: Console) -> None:
-    """Print signature, layers and sites."""
-    console.print(
-        f"[bold]{escape(inspection.path)}[/bold]  IR {inspection.ir_version}, opset {inspection.opset}, "
-        f"{inspection.nodes} nodes, {inspection.parameters:,} constant values"
-        + (f", from {escape(inspection.producer)}" if inspection.producer else "")
-    )
-    for word, signatures in (("input", inspection.inputs), ("output", inspection.outputs)):
-        for item in signatures:
-            shape = ", ".join(str(length) for length in item.shape)
-            console.print(f"{word} {escape(item.name)}: {item.dtype or 'not a tensor'} \\[{escape(shape)}]")
-    layers = Table(title="Layers", title_justify="left")
-    for name in ("layer", "operator", "in", "out", "values", "repairable"):
-        layers.add_column(name, overflow="fold", justify="right" if name in ("in", "out", "values") else "left")
-    for layer in inspection.layers:
-        layers.add_row(
-            escape(layer.name),
-            layer.operator,
-            str(layer.inputs),
-            str(layer.outputs),
-            f"{layer.parameters:,}",
-            escape(layer.refusal or "yes"),
-        )
-    console.print(layers)
-    sites = Table(title="Sites", title_justify="left")
-    for name in ("site", "units", "kind", "read by", "multipliers fold"):
-        sites.add_column(name, overflow="fold", justify="right" if name == "units" else "left")
-    for site in inspection.sites:
-        readers = ", ".join(site.readers)
-        sites.add_row(escape(site.site), str(site.units), site.kind, escape(readers), escape(site.refusal or "yes"))
-    console.print(sites)
 
 
 def _value(value: Rate | float | None, unit: str = "rate") -> str:
