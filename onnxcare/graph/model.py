@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -22,11 +22,15 @@ VALUE_FIELDS = (
 
 @dataclass(frozen=True)
 class Signature:
-    """Name, dtype and shape of a model input or output; unknown dimensions are names or None."""
+    """Name, dtype and shape of a model input or output; unknown dimensions are names or None.
+
+    The file need not say even how many axes there are: the shape is empty then, and `ranked` False.
+    """
 
     name: str
     dtype: np.dtype | None
     shape: tuple[int | str | None, ...]
+    ranked: bool = True
 
 
 @dataclass(frozen=True)
@@ -96,8 +100,18 @@ def load_model(path: str | Path) -> Model:
         path=path,
         proto=proto,
         sha256=sha256,
-        inputs=tuple(Signature(n, numpy_dtype(t), s) for n, t, s in session.inputs),
-        outputs=tuple(Signature(n, numpy_dtype(t), s) for n, t, s in session.outputs),
+        inputs=_signatures(session.inputs, proto.graph.input),
+        outputs=_signatures(session.outputs, proto.graph.output),
+    )
+
+
+def _signatures(
+    found: Sequence[tuple[str, str, tuple[int | str | None, ...]]], infos: Iterable[onnx.ValueInfoProto]
+) -> tuple[Signature, ...]:
+    """Return what onnxruntime says of inputs or outputs; it calls tensors of unknown rank and scalars the same."""
+    unranked = {info.name for info in infos if not info.type.tensor_type.HasField("shape")}
+    return tuple(
+        Signature(name, numpy_dtype(kind), shape, bool(shape) or name not in unranked) for name, kind, shape in found
     )
 
 
