@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from onnxcare.graph.layers import find_layers
 from onnxcare.graph.model import Model, Signature
+from onnxcare.graph.outside import Outside, find_outside
 from onnxcare.graph.parameters import find_parameters
 from onnxcare.graph.sites import find_sites
 from onnxcare.graph.view import GraphView
@@ -52,6 +53,7 @@ class Inspection:
         nodes: number of nodes.
         parameters: number of constant values.
         layers: what can be rewritten, and what not.
+        outside: what holds weights and is none of the layers, and why.
         sites: what can be intervened on.
         metadata: metadata_props.
     """
@@ -66,6 +68,7 @@ class Inspection:
     nodes: int
     parameters: int
     layers: tuple[LayerInfo, ...]
+    outside: tuple[Outside, ...]
     sites: tuple[SiteInfo, ...]
     metadata: dict[str, str]
 
@@ -99,6 +102,7 @@ def inspect_model(model: Model) -> Inspection:
             )
             for layer in layers
         ),
+        outside=tuple(find_outside(view, layers)),
         sites=tuple(
             SiteInfo(
                 site=site.tensor,

@@ -114,8 +114,8 @@ def check_inputs(model: Model) -> None:
     for signature in model.inputs:
         if not signature.shape and signature.ranked and signature.dtype is not None:
             raise ModelError(
-                f"{model.path}: its input {signature.name!r} takes one value, not one for each sample; give the value an "
-                "initializer of that name in the model, and leave it out of the data"
+                f"{model.path}: its input {signature.name!r} takes one value, not one for each sample; give it an "
+                "initializer of that name in the model, with that value, and leave it out of the data"
             )
         if 0 in signature.shape:
             raise ModelError(

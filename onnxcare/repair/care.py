@@ -18,6 +18,7 @@ import numpy as np
 from onnxcare import cmaes
 from onnxcare.case import Case
 from onnxcare.errors import ModelError
+from onnxcare.graph.outside import why_none
 from onnxcare.graph.parameters import Parameter
 from onnxcare.graph.sites import Site
 from onnxcare.locators import LOCATORS
@@ -52,9 +53,11 @@ def repair(case: Case, locators: Sequence[str] = LOCATORS) -> Repair:
     """
     sites = [site for site in case.experiment.sites if site.refusal is None]
     if not sites:
-        reasons = [site.refusal for site in case.experiment.sites if site.refusal]
-        why = "; ".join(reasons[:3]) or "it has no hidden layer in front of a Gemm, MatMul or Conv"
-        raise ModelError(f"{case.experiment.model.path}: no multiplier can be folded into weights: {why}")
+        experiment = case.experiment
+        reasons = [site.refusal for site in experiment.sites if site.refusal]
+        nothing = "it has no hidden layer in front of a Gemm, MatMul or Conv"
+        why = "; ".join(reasons[:3]) or why_none(experiment.model.proto, experiment.layers, nothing)
+        raise ModelError(f"{experiment.model.path}: no multiplier can be folded into weights: {why}")
     attributions = attribute_sites(case, sites, locators=locators)
     selections = select_units(case, attributions, most=_MOST_UNITS)
     found, evaluations = [], 0

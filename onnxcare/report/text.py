@@ -270,6 +270,13 @@ def show_inspection(inspection: Inspection, console: Console) -> None:
             escape(layer.refusal or "yes"),
         )
     console.print(layers)
+    if inspection.outside:
+        outside = Table(title="Weights outside the layers", title_justify="left")
+        for name in ("node", "operator", "why it is no layer"):
+            outside.add_column(name, overflow="fold")
+        for node in inspection.outside:
+            outside.add_row(escape(node.name), node.operator, escape(node.refusal))
+        console.print(outside)
     sites = Table(title="Sites", title_justify="left")
     for name in ("site", "units", "kind", "read by", "multipliers fold"):
         sites.add_column(name, overflow="fold", justify="right" if name == "units" else "left")
