@@ -10,7 +10,7 @@ so that everything else in the file, subgraphs included, reads the changed T.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +23,7 @@ Feeds = Mapping[str, Array]
 
 MASK, VALUE = "by_hand_mask", "by_hand_value"
 _WHERE = 9
+_FEW = 16
 
 
 class ByHand:
@@ -49,12 +50,11 @@ class ByHand:
         """Return all outputs."""
         return self._run(self._whole, feeds, {})
 
-    def tensors(self, names: Sequence[str], feeds: Feeds) -> list[Array]:
-        """Return inner tensors."""
-        copy = _copied(self.proto)
-        del copy.graph.output[:]
-        copy.graph.output.extend(onnx.ValueInfoProto(name=name) for name in names)
-        return self._run(_session(copy.SerializeToString()), feeds, {})
+    def answer(self, feeds: Feeds, output: str) -> Array:
+        """Return an output that holds the samples on axis 0, a few samples at a time."""
+        position, samples = self.outputs.index(output), self._samples(feeds)
+        few = [list(range(start, min(start + _FEW, samples))) for start in range(0, samples, _FEW)]
+        return np.concatenate([self.answers(self._rows(feeds, rows))[position] for rows in few])
 
     def forcing(self, tensor: str, dtype: np.dtype) -> Forced:
         """Return the file with an intervention on a tensor of the main graph, to be run with masks and values."""
@@ -87,14 +87,17 @@ class ByHand:
         known = {name: feeds[name] for name in self.inputs}
         if not self.single:
             return session.run(None, {**known, **further})
-        rows = len(next(values for name, values in known.items() if self._axes.get(name, 0) == 0))
-        parts = [session.run(None, {**self._row(known, row), **further}) for row in range(rows)]
+        rows = range(self._samples(known))
+        parts = [session.run(None, {**self._rows(known, [row]), **further}) for row in rows]
         return [np.concatenate(part) for part in zip(*parts, strict=True)]
 
-    def _row(self, feeds: Feeds, row: int) -> dict[str, Array]:
+    def _samples(self, feeds: Feeds) -> int:
+        return len(next(values for name, values in feeds.items() if self._axes.get(name, 0) == 0))
+
+    def _rows(self, feeds: Feeds, rows: list[int]) -> dict[str, Array]:
         axes = {name: self._axes.get(name, 0) for name in feeds}
         return {
-            name: values if (axis := axes[name]) is None else np.take(values, [row], axis)
+            name: values if (axis := axes[name]) is None else np.take(values, rows, axis)
             for name, values in feeds.items()
         }
 

@@ -21,8 +21,9 @@ import onnx
 from onnx import numpy_helper
 
 from benchmarks.third_party.catalogue import Subject
+from benchmarks.third_party.compare import TOLERANCE
 from benchmarks.third_party.packages import PACKAGES, fetch
-from benchmarks.third_party.survey import TOLERANCE, Bench, Facts, Step, taken
+from benchmarks.third_party.survey import Bench, Facts, Step, taken
 
 PACKAGE = "libonnx-testdata"
 _DATA = "usr/share/libonnx-testdata/data"

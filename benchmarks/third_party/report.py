@@ -10,11 +10,11 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.third_party.survey import TOLERANCE
+from benchmarks.third_party.compare import TOLERANCE
 
 Found = Mapping[str, Any]
 
-COLUMNS = ("model", "nodes", "layers", "sites", "copy", "below", "experiment", "locate", "fix", "MiB", "s")
+COLUMNS = ("model", "nodes", "layers", "outside", "sites", "copy", "below", "experiment", "locate", "fix", "MiB", "s")
 _BEGIN, _END = "<!-- written by make bench-third-party -->", "<!-- until here -->"
 
 
@@ -43,16 +43,22 @@ def line(found: Found, reasons: Reasons) -> tuple[str, ...]:
     memory = max(step["peak"] for step in found["steps"]) >> 20
     seconds = sum(step["seconds"] for step in found["steps"])
     if load["outcome"] != "done":
-        return (found["name"], *_ended(load, reasons), *[""] * 7, str(memory), f"{seconds:.0f}")
+        return (found["name"], *_ended(load, reasons), *[""] * 8, str(memory), f"{seconds:.0f}")
     return (
         found["name"],
         str(known["nodes"]),
-        f"{known['open_layers']}/{known['layers']}{reasons.mark(*known['layer_refusals'])}",
+        # One reason of many that differ in names.
+        f"{known['open_layers']}/{known['layers']}{reasons.mark(*list(known['layer_refusals'])[:1])}",
+        _outside(known["outside"]) + reasons.mark(*known["outside_refusals"]),
         str(known["sites"]),
         *(_cell(steps.get(name), show, reasons) for name, show in _CELLS.items()),
         str(memory),
         f"{seconds:.0f}",
     )
+
+
+def _outside(operators: Mapping[str, int]) -> str:
+    return ", ".join(f"{count} {operator}" for operator, count in operators.items())
 
 
 def _cell(step: Found | None, show: Any, reasons: Reasons) -> str:

@@ -8,24 +8,24 @@ before patience ran out, is not lost.
 
 from __future__ import annotations
 
-import collections
 import json
 import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import yaml
 
 import onnxcare
 from benchmarks.speed.memory import peak
+from benchmarks.third_party import owner
 from benchmarks.third_party.by_hand import ByHand
 from benchmarks.third_party.catalogue import SUBJECTS, Subject
+from benchmarks.third_party.compare import Forcing, Tally, counted, difference
 from onnxcare.decision import Decision
 from onnxcare.errors import ModelError, OnnxcareError
 from onnxcare.experiment import Experiment
@@ -40,12 +40,7 @@ from onnxcare.suffix import Activations, crossing, crossing_shapes
 Array = np.ndarray
 Facts = dict[str, Any]
 
-TOLERANCE = 1e-5
 SEED = 1
-# So many units of a site are forced, one at a time, to so many standard deviations above their mean.
-_UNITS, _FAR = 2, 3.0
-# The owner's samples, and the share of the least certain answers that are said to be wrong.
-_OWNED, _WRONG = 240, 0.25
 _MEMORY = 2 << 30
 
 
@@ -79,8 +74,8 @@ def steps(path: Path, subject: Subject, folder: Path) -> Iterator[Step]:
         ("copy", bench.copy),
         ("intervene", bench.intervene),
         ("experiment", bench.experiment),
-        ("locate", lambda: owner(bench, folder, "locate")),
-        ("fix", lambda: owner(bench, folder, "fix")),
+        ("locate", lambda: owner.locate(path, subject, folder)),
+        ("fix", lambda: owner.fix(path, subject, folder)),
     ):
         step = taken(name, function, places)
         yield step
@@ -135,7 +130,9 @@ class Bench:
             "parameters": found.parameters,
             "layers": len(found.layers),
             "open_layers": sum(layer.refusal is None for layer in found.layers),
-            "layer_refusals": _counted(layer.refusal for layer in found.layers),
+            "layer_refusals": counted(layer.refusal for layer in found.layers),
+            "outside": counted(item.operator for item in found.outside),
+            "outside_refusals": [f"{item.name} ({item.operator}): {item.refusal}" for item in found.outside[:1]],
             "sites": len(found.sites),
             "folding_sites": sum(site.refusal is None for site in found.sites),
             "outputs": {name: list(value.shape) for name, value in self._answers.items()},
@@ -227,118 +224,6 @@ class Bench:
 
     def _tail(self, output: str) -> tuple[int, ...]:
         return self._answers[output].shape[1:]
-
-
-class Forcing:
-    """A few units of a site, each forced far above what it is.
-
-    Attributes:
-        masks: [P, 1, ...] 1 at the unit of the member.
-        values: [P, 1, ...] what it is forced to.
-    """
-
-    def __init__(self, base: Array, site: Site) -> None:
-        """Choose the units that vary most."""
-        axis = site.axis % base.ndim
-        others = tuple(index for index in range(base.ndim) if index != axis)
-        mean, spread = (function(base, axis=others, dtype=np.float64) for function in (np.mean, np.std))
-        units = np.argsort(-spread, kind="stable")[:_UNITS]
-        shape = [len(units), *[1] * base.ndim]
-        shape[1 + axis] = base.shape[axis]
-        self.masks, self.values = np.zeros(shape, base.dtype), np.zeros(shape, base.dtype)
-        for member, unit in enumerate(units):
-            where = (member, *[0] * axis, unit)
-            self.masks[where] = 1
-            self.values[where] = mean[unit] + _FAR * max(float(spread[unit]), 0.1)
-
-
-class Tally:
-    """Comparisons at many sites."""
-
-    def __init__(self) -> None:
-        """Begin with none."""
-        self._differences: dict[str, float] = {}
-        self._moved: dict[str, float] = {}
-        self._refused: dict[str, str] = {}
-
-    def add(self, name: str, compare: Callable[[], tuple[float, float]]) -> None:
-        """Make a comparison, and note it or the reason why it is refused."""
-        try:
-            self._differences[name], self._moved[name] = compare()
-        except OnnxcareError as error:
-            self._refused[name] = str(error)
-
-    def facts(self) -> Facts:
-        """Return how many there were, the largest difference, and what was refused."""
-        return {
-            "compared": len(self._differences),
-            "difference": max(self._differences.values(), default=None),
-            "moved": sum(value > TOLERANCE for value in self._moved.values()),
-            "differing": {name: value for name, value in self._differences.items() if not value <= TOLERANCE},
-            "refused": len(self._refused),
-            "refusals": _counted(self._refused.values()),
-        }
-
-
-def owner(bench: Bench, folder: Path, command: str) -> Facts:
-    """Run a command of onnxcare with the spec and the data of the model's owner."""
-    subject = bench.subject
-    spec = folder / "care.yaml"
-    if not spec.exists():
-        content = dict(subject.spec) | {"seed": SEED}
-        asked = dict(subject.asked or {"name": "least certain", "kind": "errors"})
-        if "vnnlib" in asked:
-            asked["vnnlib"] = str(bench.path.parent / asked["vnnlib"])
-        content["properties"] = [asked]
-        if "bounds" not in content:
-            content["data"] = str(folder / "data.npz")
-            arrays = subject.draw(np.random.default_rng(SEED + 1), _OWNED)
-            labels = {} if subject.asked else {"y": _labels(bench, arrays)}
-            np.savez(folder / "data.npz", **arrays, **labels)
-        spec.write_text(yaml.safe_dump(content), encoding="utf-8")
-    if command == "locate":
-        found = onnxcare.locate(bench.path, spec, device="cpu", samples=32, values=4)
-        return {"units": len(found.units), "sites": len(found.sites), "method": found.method}
-    fixed = onnxcare.fix(bench.path, spec, folder / "out.onnx", device="cpu")
-    return {"status": fixed.status, "tensors": len(fixed.patch)}
-
-
-def _labels(bench: Bench, feeds: Mapping[str, Array]) -> Array:
-    """Return the model's answers, and the second best ones where they are least certain."""
-    hand = ByHand(bench.path, bench.subject.axes)
-    wanted = bench.subject.spec.get("output", hand.outputs[0])
-    y = hand.answers(feeds)[hand.outputs.index(wanted)]
-    y = y.reshape(len(y), -1).astype(np.float64)
-    decision = bench.subject.spec.get("decision", "argmax")
-    if isinstance(decision, dict):
-        y = np.stack([np.full(len(y), decision["threshold"]), y[:, 0]], axis=1)
-    order = np.argsort(-y if decision != "argmin" else y, axis=1)
-    sorted_ = np.take_along_axis(y, order, axis=1)
-    margin = np.abs(sorted_[:, 0] - sorted_[:, 1])
-    labels = order[:, 0].copy()
-    wrong = np.argsort(margin, kind="stable")[: int(_WRONG * len(y))]
-    labels[wrong] = order[wrong, 1]
-    return labels
-
-
-def difference(found: Array, wanted: Array) -> float:
-    """Return the largest difference, relative to the largest value that is wanted; infinity for other shapes."""
-    if found.shape != wanted.shape or found.dtype != wanted.dtype:
-        return float("inf")
-    if not found.size or np.array_equal(found, wanted):
-        return 0.0
-    if not np.issubdtype(found.dtype, np.number):
-        return float("inf")
-    found, wanted = found.astype(np.float64), wanted.astype(np.float64)
-    if not np.array_equal(np.isfinite(found), np.isfinite(wanted)):
-        return float("inf")
-    finite = np.isfinite(wanted)
-    scale = np.abs(wanted[finite]).max(initial=np.finfo(np.float32).tiny)
-    return float(np.abs(found[finite] - wanted[finite]).max(initial=0.0) / scale)
-
-
-def _counted(reasons: Iterable[str | None]) -> dict[str, int]:
-    return dict(collections.Counter(reason for reason in reasons if reason))
 
 
 def main(name: str, cache: Path) -> None:
