@@ -411,7 +411,7 @@ def _provenance(setup: Setup, found: Repair) -> dict[str, str]:
         "parent_sha256": setup.model.sha256,
         "method": found.method,
         "seed": str(setup.run.seed),
-        "patched_tensors": ",".join(parameter.name for parameter in found.values),
+        "patched_tensors": ",".join(parameter.storage.name for parameter in found.values),
     }
 
 

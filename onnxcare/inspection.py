@@ -4,12 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from onnxcare.graph.layers import find_layers
 from onnxcare.graph.model import Model, Signature
 from onnxcare.graph.outside import Outside, find_outside
-from onnxcare.graph.parameters import find_parameters
-from onnxcare.graph.sites import find_sites
-from onnxcare.graph.view import GraphView
+from onnxcare.graph.working import working_form
 
 
 @dataclass(frozen=True)
@@ -75,9 +72,9 @@ class Inspection:
 
 def inspect_model(model: Model) -> Inspection:
     """Return what the model consists of."""
-    view = GraphView(model.proto)
-    layers = find_layers(view)
-    sizes = {name: _size(p.shape) for name, p in find_parameters(view).items()}
+    form = working_form(model, values=False)
+    layers = form.layers
+    sizes = {name: _size(p.shape) for name, p in form.parameters.items()}
     proto = model.proto
     return Inspection(
         path=str(model.path),
@@ -102,7 +99,7 @@ def inspect_model(model: Model) -> Inspection:
             )
             for layer in layers
         ),
-        outside=tuple(find_outside(view, layers)),
+        outside=tuple(find_outside(form.view, layers)),
         sites=tuple(
             SiteInfo(
                 site=site.tensor,
@@ -112,7 +109,7 @@ def inspect_model(model: Model) -> Inspection:
                 readers=tuple(layer.name for layer in site.readers),
                 refusal=site.refusal,
             )
-            for site in find_sites(view, layers)
+            for site in form.sites
         ),
         metadata={entry.key: entry.value for entry in proto.metadata_props},
     )

@@ -30,10 +30,9 @@ from onnxcare.decision import Decision
 from onnxcare.errors import ModelError, OnnxcareError
 from onnxcare.experiment import Experiment
 from onnxcare.graph import surgery
-from onnxcare.graph.layers import find_layers
 from onnxcare.graph.model import Model, load_model
-from onnxcare.graph.sites import Site, find_sites
-from onnxcare.graph.view import GraphView
+from onnxcare.graph.sites import Site
+from onnxcare.graph.working import experiment_form
 from onnxcare.runtime import Session
 from onnxcare.suffix import Activations, crossing, crossing_shapes
 
@@ -141,7 +140,8 @@ class Bench:
 
     def copy(self) -> Facts:
         """Compare the experiment copy with the file, on several samples in one run."""
-        self._copy = surgery.experiment_copy(self.model)
+        self._form = experiment_form(self.model)
+        self._copy = self._form.proto
         names = list(self._answers)
         copied = self._exposed(names)
         differences = {name: difference(copied[name], self._answers[name]) for name in names}
@@ -159,11 +159,10 @@ class Bench:
     def intervene(self) -> Facts:
         """Force units of every site behind a cut, for every output that depends on it."""
         graph = surgery.import_graph(self._copy, str(self.path))
-        view = GraphView(self.model.proto)
         tally = Tally()
         for output in self._answers:
             reached = surgery.upstream(graph, output)
-            for site in find_sites(view, find_layers(view)):
+            for site in self._form.sites:
                 if site.tensor in reached:
                     tally.add(f"{site.tensor} -> {output}", lambda site=site, output=output: self._force(site, output))
         return tally.facts()

@@ -25,6 +25,7 @@ from onnx import inliner, numpy_helper, shape_inference, version_converter
 
 from onnxcare.errors import DataError, ModelError
 from onnxcare.graph.model import numpy_dtype
+from onnxcare.graph.straight_through import pass_through_rounding
 from onnxcare.graph.view import attribute, operator, subgraph_inputs
 from onnxcare.runtime import Array, Device, Session, batches
 
@@ -397,6 +398,7 @@ def _fitted(
     known = _shapes(copy)
     for node in copy.graph.node:
         _spell_out_pads(node, known)
+    pass_through_rounding(copy)
     return copy
 
 

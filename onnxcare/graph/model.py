@@ -70,7 +70,7 @@ class Model:
 
     def external_files(self) -> tuple[Path, ...]:
         """Return the sidecar files that hold tensors of this model."""
-        names = {ExternalDataInfo(tensor).location for tensor in _external_tensors(self.proto)}
+        names = {ExternalDataInfo(tensor).location for tensor in _externaltensors(self.proto)}
         return tuple(self.path.parent / name for name in sorted(names))
 
 
@@ -110,9 +110,13 @@ def _signatures(
 ) -> tuple[Signature, ...]:
     """Return what onnxruntime says of inputs or outputs; it calls tensors of unknown rank and scalars the same."""
     unranked = {info.name for info in infos if not info.type.tensor_type.HasField("shape")}
-    return tuple(
-        Signature(name, numpy_dtype(kind), shape, bool(shape) or name not in unranked) for name, kind, shape in found
-    )
+    return tuple(_signature(name, kind, shape, bool(shape) or name not in unranked) for name, kind, shape in found)
+
+
+def _signature(name: str, kind: str, shape: tuple[int | str | None, ...], ranked: bool) -> Signature:
+    if kind in _MAPS:  # of classes to scores, one a sample: what they amount to is an array
+        return Signature(name, np.dtype(np.float32), (None, None))
+    return Signature(name, numpy_dtype(kind), shape, ranked)
 
 
 def _bytes(path: Path) -> bytes:
@@ -143,7 +147,7 @@ def check_same_signature(model: Model, other: Model) -> None:
 
 def _check_external_data(path: Path, proto: onnx.ModelProto) -> None:
     folder = path.parent.resolve()
-    for tensor in _external_tensors(proto):
+    for tensor in _externaltensors(proto):
         try:
             location = ExternalDataInfo(tensor).location
         except ValueError as error:
@@ -155,7 +159,7 @@ def _check_external_data(path: Path, proto: onnx.ModelProto) -> None:
             raise ModelError(f"{path}: its external data file {location} is missing from {path.parent}")
 
 
-def _tensors(proto: onnx.ModelProto) -> list[onnx.TensorProto]:
+def tensors(proto: onnx.ModelProto) -> list[onnx.TensorProto]:
     """Return every tensor: initializers and attributes, in branches and functions too."""
     tensors = list(proto.graph.initializer)
     nodes = [*proto.graph.node, *(node for function in proto.functions for node in function.node)]
@@ -168,9 +172,9 @@ def _tensors(proto: onnx.ModelProto) -> list[onnx.TensorProto]:
     return tensors
 
 
-def _external_tensors(proto: onnx.ModelProto) -> Iterator[onnx.TensorProto]:
+def _externaltensors(proto: onnx.ModelProto) -> Iterator[onnx.TensorProto]:
     """Yield every tensor that lies in a sidecar file."""
-    return (tensor for tensor in _tensors(proto) if uses_external_data(tensor))
+    return (tensor for tensor in tensors(proto) if uses_external_data(tensor))
 
 
 def value_fields(tensor: onnx.TensorProto) -> list[str]:
@@ -180,7 +184,7 @@ def value_fields(tensor: onnx.TensorProto) -> list[str]:
 
 
 def _check_values(path: Path, proto: onnx.ModelProto) -> None:
-    for tensor in _tensors(proto):
+    for tensor in tensors(proto):
         fields = value_fields(tensor)
         if len(fields) > 1:
             raise ModelError(
@@ -189,6 +193,7 @@ def _check_values(path: Path, proto: onnx.ModelProto) -> None:
             )
 
 
+_MAPS = {f"seq(map({key},tensor(float)))" for key in ("int64", "string")}
 _DTYPES = {
     "float": np.float32,
     "double": np.float64,

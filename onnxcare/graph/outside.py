@@ -70,11 +70,11 @@ def find_outside(view: GraphView, layers: Iterable[Layer]) -> list[Outside]:
     return found
 
 
-def why_none(proto: onnx.ModelProto, layers: Sequence[Layer], nothing: str) -> str:
+def why_none(view: GraphView, layers: Sequence[Layer], nothing: str) -> str:
     """Say why there is no layer that can be rewritten; `nothing` is said where the model holds no weights at all."""
     reasons = [f"{layer.name}: {layer.refusal}" for layer in layers if layer.refusal]
     if not layers:
-        reasons = [f"{item.name} ({item.operator}): {item.refusal}" for item in find_outside(GraphView(proto), ())]
+        reasons = [f"{item.name} ({item.operator}): {item.refusal}" for item in find_outside(view, ())]
     more = [f"{len(reasons) - _NAMED} more like that"] if len(reasons) > _NAMED else []
     return "; ".join(reasons[:_NAMED] + more) or nothing
 

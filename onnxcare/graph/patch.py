@@ -17,7 +17,8 @@ import onnx
 from onnxcare.errors import ModelError, UsageError
 from onnxcare.graph import wire
 from onnxcare.graph.model import Model
-from onnxcare.graph.parameters import Parameter, encode, read
+from onnxcare.graph.parameters import Parameter
+from onnxcare.graph.storage import Source
 
 Array = np.ndarray
 
@@ -54,14 +55,14 @@ class Patch:
 
     def summary(self, model: Model) -> list[TensorChange]:
         """Return what the patch changes, tensor by tensor, as it will be stored."""
-        changes = []
+        changes, source = [], Source(model.proto, model.path.parent)
         for parameter, values in self.values.items():
-            old = read(model.proto, parameter, model.path.parent).astype(np.float64)
-            new = values.astype(parameter.dtype).astype(np.float64)
+            old = parameter.storage.read(source).astype(np.float64)
+            new = parameter.storage.rounded(source, values).astype(np.float64)
             norm = float(np.linalg.norm(new - old))
             relative = norm / max(float(np.linalg.norm(old)), 1e-30)
             changed = int((new != old).sum())
-            changes.append(TensorChange(parameter.name, parameter.shape, changed, old.size, norm, relative))
+            changes.append(TensorChange(parameter.storage.name, parameter.shape, changed, old.size, norm, relative))
         return changes
 
     def apply(self, model: Model) -> bytes:
@@ -72,12 +73,10 @@ class Patch:
         Raises:
             ModelError: the new values overflow the tensor's type, or the bytes are laid out in an unusual way.
         """
-        edits = {}
+        edits: dict[wire.Path, bytes] = {}
+        source = Source(model.proto, model.path.parent)
         for parameter, values in self.values.items():
-            stored = values.astype(parameter.dtype)
-            if not np.isfinite(stored).all():
-                raise ModelError(f"{parameter.name}: the repair does not fit into {parameter.dtype}")
-            edits[parameter.path] = encode(model.proto, parameter, stored)
+            edits |= parameter.storage.encode(source, values)
         try:
             return wire.splice(model.data, edits)
         except (KeyError, ValueError):

@@ -131,7 +131,7 @@ def _usable(case: Case, sites: Sequence[Site]) -> tuple[list[Site], ModelError]:
     experiment = case.experiment
     why = _NOTHING if sites else _NO_SITES
     if not experiment.layers:
-        why = f"no unit can be intervened on: {why_none(experiment.model.proto, (), _NO_SITES)}"
+        why = f"no unit can be intervened on: {why_none(experiment.form.view, (), _NO_SITES)}"
     failure = ModelError(f"{experiment.model.path}: {why}")
     for site in sites:
         try:

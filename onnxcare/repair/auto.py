@@ -41,9 +41,9 @@ def repair(case: Case) -> Repair:
         ModelError: the model has no layer whose weights can be rewritten, or no strategy could be tried.
     """
     if all(layer.refusal is not None for layer in case.experiment.layers):
-        model = case.experiment.model
-        why = why_none(model.proto, case.experiment.layers, "it has no Gemm, MatMul or Conv with constant weights")
-        raise ModelError(f"{model.path}: no layer can be repaired: {why}")
+        experiment = case.experiment
+        why = why_none(experiment.form.view, experiment.layers, "it has no Gemm, MatMul or Conv with constant weights")
+        raise ModelError(f"{experiment.model.path}: no layer can be repaired: {why}")
     chosen = Candidate("no change", case.before)
     candidates, rounds, labels, notes = [chosen], [], [], []
     values: dict[Any, np.ndarray] = {}

@@ -56,7 +56,7 @@ def repair(case: Case, locators: Sequence[str] = LOCATORS) -> Repair:
         experiment = case.experiment
         reasons = [site.refusal for site in experiment.sites if site.refusal]
         nothing = "it has no hidden layer in front of a Gemm, MatMul or Conv"
-        why = "; ".join(reasons[:3]) or why_none(experiment.model.proto, experiment.layers, nothing)
+        why = "; ".join(reasons[:3]) or why_none(experiment.form.view, experiment.layers, nothing)
         raise ModelError(f"{experiment.model.path}: no multiplier can be folded into weights: {why}")
     attributions = attribute_sites(case, sites, locators=locators)
     selections = select_units(case, attributions, most=_MOST_UNITS)

@@ -26,8 +26,8 @@ import numpy as np
 from onnxcare.case import Case
 from onnxcare.errors import ModelError
 from onnxcare.graph.layers import Layer
-from onnxcare.graph.parameters import Parameter, find_parameters
-from onnxcare.graph.view import GraphView, attribute, operator
+from onnxcare.graph.parameters import Parameter
+from onnxcare.graph.view import attribute, operator
 from onnxcare.repair.bench import matrix_of
 from onnxcare.runtime import batches
 
@@ -151,11 +151,11 @@ def normalisation(case: Case, layer: Layer) -> Normalisation | None:
     Raises:
         ModelError: its gamma, beta or variance is computed by other nodes, or its gamma or beta has other users.
     """
-    view = GraphView(case.experiment.model.proto)
+    view = case.experiment.form.view
     index = view.sole_consumer(layer.output)
     if index is None or operator(view.nodes[index]) != "BatchNormalization":
         return None
-    node, known = view.nodes[index], find_parameters(view)
+    node, known = view.nodes[index], case.experiment.form.parameters
     _, scale, shift, _, variance = node.input
     for name in (scale, shift, variance):
         if name not in known:
@@ -178,7 +178,7 @@ def _check_nothing_is_left(case: Case, layer: Layer) -> None:
     """
     if normalisation(case, layer) is not None or layer.bias is not None or layer.beta == 0:
         return
-    view = GraphView(case.experiment.model.proto)
+    view = case.experiment.form.view
     node, reader = view.nodes[layer.node], view.sole_consumer(layer.output)
     left = layer.output != node.output[0] or any(node.input[2:])
     if reader is not None and operator(view.nodes[reader]) == "Add":
@@ -189,7 +189,7 @@ def _check_nothing_is_left(case: Case, layer: Layer) -> None:
 
 def _activations(case: Case, layer: Layer) -> tuple[str, int]:
     """Return the tensor at which the layer's channels are active, and their axis."""
-    view = GraphView(case.experiment.model.proto)
+    view = case.experiment.form.view
     for site in case.experiment.sites:
         if site.writers == (layer.name,):
             tensor = site.tensor
