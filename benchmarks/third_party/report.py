@@ -83,6 +83,8 @@ def _forced(step: Found, reasons: Reasons) -> str:
         return "no site"
     same = facts["compared"] - len(facts["differing"])
     largest = "" if facts["difference"] is None else f" {facts['difference']:.0e}"
+    if facts["compared"] and not facts["moved"]:
+        largest += ", nothing moves"
     return f"{same}/{tried}{largest}{reasons.mark(*facts['refusals'])}"
 
 

@@ -25,7 +25,7 @@ from benchmarks.speed.memory import peak
 from benchmarks.third_party import owner
 from benchmarks.third_party.by_hand import ByHand
 from benchmarks.third_party.catalogue import SUBJECTS, Subject
-from benchmarks.third_party.compare import Forcing, Tally, counted, difference
+from benchmarks.third_party.compare import Forcing, Tally, counted, difference, spread
 from onnxcare.decision import Decision
 from onnxcare.errors import ModelError, OnnxcareError
 from onnxcare.experiment import Experiment
@@ -76,6 +76,8 @@ def steps(path: Path, subject: Subject, folder: Path) -> Iterator[Step]:
         ("locate", lambda: owner.locate(path, subject, folder)),
         ("fix", lambda: owner.fix(path, subject, folder)),
     ):
+        if name in ("locate", "fix") and not subject.owned:
+            continue
         step = taken(name, function, places)
         yield step
         if name == "load" and step.outcome != "done":
@@ -162,9 +164,8 @@ class Bench:
         tally = Tally()
         for output in self._answers:
             reached = surgery.upstream(graph, output)
-            for site in self._form.sites:
-                if site.tensor in reached:
-                    tally.add(f"{site.tensor} -> {output}", lambda site=site, output=output: self._force(site, output))
+            for site in spread([site for site in self._form.sites if site.tensor in reached]):
+                tally.add(f"{site.tensor} -> {output}", lambda site=site, output=output: self._force(site, output))
         return tally.facts()
 
     def _force(self, site: Site, output: str) -> tuple[float, float]:
@@ -214,7 +215,7 @@ class Bench:
             return self._compared(forced, site, experiment.output, found.reshape(*found.shape[:2], *self._tail(output)))
 
         output = experiment.output
-        for site in experiment.sites:
+        for site in spread(experiment.sites):
             tally.add(site.tensor, lambda site=site: force(site))
         facts = tally.facts()
         facts["open_layers"] = len(experiment.open_layers)
