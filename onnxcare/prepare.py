@@ -107,11 +107,16 @@ def check_inputs(model: Model) -> None:
     """Make sure that a model can be fed with samples.
 
     Raises:
-        ModelError: it has no input, or one without values.
+        ModelError: it has no input, or one without values or without an axis for the samples.
     """
     if not model.inputs:
         raise ModelError(f"{model.path}: it has no input, so it answers the same to every sample")
     for signature in model.inputs:
+        if not signature.shape and signature.ranked and signature.dtype is not None:
+            raise ModelError(
+                f"{model.path}: its input {signature.name!r} takes one value, not one for each sample; give it an "
+                "initializer of that name in the model, with that value, and leave it out of the data"
+            )
         if 0 in signature.shape:
             raise ModelError(
                 f"{model.path}: its input {signature.name!r} has shape {list(signature.shape)}, which holds no values; "

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -23,11 +23,15 @@ VALUE_FIELDS = (
 
 @dataclass(frozen=True)
 class Signature:
-    """Name, dtype and shape of a model input or output; unknown dimensions are names or None."""
+    """Name, dtype and shape of a model input or output; unknown dimensions are names or None.
+
+    The file need not say even how many axes there are: the shape is empty then, and `ranked` False.
+    """
 
     name: str
     dtype: np.dtype | None
     shape: tuple[int | str | None, ...]
+    ranked: bool = True
 
 
 @dataclass(frozen=True)
@@ -97,15 +101,23 @@ def load_model(path: str | Path) -> Model:
         path=path,
         proto=proto,
         sha256=sha256,
-        inputs=tuple(_signature(*item) for item in session.inputs),
-        outputs=tuple(_signature(*item) for item in session.outputs),
+        inputs=_signatures(session.inputs, proto.graph.input),
+        outputs=_signatures(session.outputs, proto.graph.output),
     )
 
 
-def _signature(name: str, kind: str, shape: tuple[int | str | None, ...]) -> Signature:
+def _signatures(
+    found: Sequence[tuple[str, str, tuple[int | str | None, ...]]], infos: Iterable[onnx.ValueInfoProto]
+) -> tuple[Signature, ...]:
+    """Return what onnxruntime says of inputs or outputs; it calls tensors of unknown rank and scalars the same."""
+    unranked = {info.name for info in infos if not info.type.tensor_type.HasField("shape")}
+    return tuple(_signature(name, kind, shape, bool(shape) or name not in unranked) for name, kind, shape in found)
+
+
+def _signature(name: str, kind: str, shape: tuple[int | str | None, ...], ranked: bool) -> Signature:
     if kind in _MAPS:  # of classes to scores, one a sample: what they amount to is an array
         return Signature(name, np.dtype(np.float32), (None, None))
-    return Signature(name, numpy_dtype(kind), shape)
+    return Signature(name, numpy_dtype(kind), shape, ranked)
 
 
 def _bytes(path: Path) -> bytes:

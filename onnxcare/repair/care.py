@@ -20,6 +20,7 @@ from onnxcare.case import Case
 from onnxcare.errors import ModelError
 from onnxcare.graph.anatomy import Anatomy
 from onnxcare.graph.layers import Layer
+from onnxcare.graph.outside import why_none
 from onnxcare.graph.parameters import Parameter
 from onnxcare.graph.sites import Site
 from onnxcare.locators import LOCATORS
@@ -54,9 +55,11 @@ def repair(case: Case, locators: Sequence[str] = LOCATORS) -> Repair:
     """
     sites = [site for site in case.experiment.sites if hindrance_at(site) is None]
     if not sites:
-        reasons = [reason for reason in map(hindrance_at, case.experiment.sites) if reason]
-        why = "; ".join(reasons[:3]) or "it has no hidden layer in front of a Gemm, MatMul or Conv"
-        raise ModelError(f"{case.experiment.model.path}: no multiplier can be folded into weights: {why}")
+        experiment = case.experiment
+        reasons = [reason for reason in map(hindrance_at, experiment.sites) if reason]
+        nothing = "it has no hidden layer in front of a Gemm, MatMul or Conv"
+        why = "; ".join(reasons[:3]) or why_none(experiment.form.view, experiment.layers, nothing)
+        raise ModelError(f"{experiment.model.path}: no multiplier can be folded into weights: {why}")
     attributions = attribute_sites(case, sites, locators=locators)
     selections = select_units(case, attributions, most=_MOST_UNITS)
     found, evaluations = [], 0
