@@ -505,7 +505,7 @@ def test_external_data_goes_along(tiny: Paths, tmp_path: Path) -> None:
     sidecar = with_sidecar(tiny)
     patch, elsewhere = tiny.folder / "p.safetensors", tmp_path / "elsewhere"
     elsewhere.mkdir()
-    assert fix(tiny, "--patch", patch).exit_code == 0
+    assert fix(tiny, "--patch", patch, "--max-changed", 5).exit_code == 0
     api.apply(tiny.model, patch, elsewhere / "again.onnx")
     assert (elsewhere / "again.onnx").read_bytes() == tiny.out.read_bytes()
     assert (elsewhere / "weights.bin").read_bytes() == sidecar.read_bytes()
@@ -520,16 +520,13 @@ def test_external_data_goes_along(tiny: Paths, tmp_path: Path) -> None:
     result = onnxcare("apply", tiny.out, patch, "-o", third, "--revert")
     check_refusal(result, 3, "external data file weights.bin is missing")
     (tiny.folder / "other.bin").rename(sidecar)
-    assert contents(tmp_path) == before
-
-
-def test_external_data_that_is_not_what_it_was(tiny: Paths) -> None:
-    sidecar = with_sidecar(tiny)
-    patch = tiny.folder / "p.safetensors"
-    assert fix(tiny, "--patch", patch, "--max-changed", 5).exit_code == 0
-    sidecar.write_bytes(bytes(byte ^ 1 for byte in sidecar.read_bytes()))
-    result = onnxcare("apply", tiny.model, patch, "-o", tiny.folder / "again.onnx")
+    # The fingerprint of a model says nothing about what lies beside it.
+    original = sidecar.read_bytes()
+    sidecar.write_bytes(bytes(byte ^ 1 for byte in original))
+    result = onnxcare("apply", tiny.model, patch, "-o", third)
     check_refusal(result, 3, "does not hold the values", "external data")
+    sidecar.write_bytes(original)
+    assert contents(tmp_path) == before
 
 
 def test_in_place_and_back(patch_of_tiny: Paths, tmp_path: Path) -> None:
