@@ -13,7 +13,6 @@ from onnxcare.graph import surgery
 from onnxcare.graph.gradients import Gradients, NoGradient, WeightGradients
 from onnxcare.graph.parameters import Parameter
 from onnxcare.graph.sites import Site
-from onnxcare.graph.view import GraphView
 from onnxcare.graph.weights import find_weights
 from onnxcare.runtime import Session
 from onnxcare.suffix import Activations
@@ -155,12 +154,17 @@ class Network:
 def tunable(experiment: Experiment) -> list[tuple[Parameter, ...]]:
     """Return the weights that a gradient may move, those of a node together and the largest first.
 
-    Beside the layers' these are those of other operators, unless the user left layers out.
+    Beside the layers' these are those that several nodes share, which move for all of them together, and those of other
+    operators.
     """
-    layers = [(layer.weight, layer.bias) for layer in experiment.open_layers]
-    groups = [tuple(parameter for parameter in pair if parameter is not None) for pair in layers]
+    free = [layer for layer in experiment.layers if layer.refusal is None or layer.tied]
+    groups: dict[Parameter, tuple[Parameter, ...]] = {}
+    for layer in free:
+        bias = () if layer.bias is None else (layer.bias,)
+        groups.setdefault(layer.weight, (layer.weight, *bias))
     known = {p.name for layer in experiment.layers for p in (layer.weight, layer.bias) if p is not None}
-    return groups + [item.parameters for item in find_weights(GraphView(experiment.model.proto), known)]
+    form = experiment.form
+    return [*groups.values(), *(item.parameters for item in find_weights(form.view, form.parameters, known))]
 
 
 def input_gradients(experiment: Experiment) -> Gradients:
