@@ -28,6 +28,7 @@ from onnxcare.errors import ModelError
 from onnxcare.graph import classical, halves, quantised, wire
 from onnxcare.graph.batch import free_batch
 from onnxcare.graph.layers import Layer, find_layers
+from onnxcare.graph.light import inferred
 from onnxcare.graph.model import Model
 from onnxcare.graph.parameters import (
     ATTRIBUTE,
@@ -88,7 +89,18 @@ class WorkingForm:
     @cached_property
     def sites(self) -> list[Site]:
         """What can be intervened on, in the order of computation."""
-        return find_sites(self.view, self.layers)
+        return find_sites(self.view, self.layers, self.shapes)
+
+    @cached_property
+    def shapes(self) -> dict[str, tuple[int | None, ...]]:
+        """Shapes as far as they can be inferred, by tensor; None for a length that is not known."""
+        known = inferred(self.proto).graph
+        types = {info.name: info.type.tensor_type for info in (*known.value_info, *known.input, *known.output)}
+        return {
+            name: tuple(dim.dim_value if dim.HasField("dim_value") else None for dim in kind.shape.dim)
+            for name, kind in types.items()
+            if kind.HasField("shape")
+        }
 
 
 def working_form(model: Model, *, values: bool = True) -> WorkingForm:
