@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from graph.models import SUBJECTS, Array, random
+from graph.models import SUBJECTS, Array, attention, random
 from graph.operating import Sent, assert_close, assert_identical, operate
 
 from onnxcare.experiment import Experiment
@@ -16,9 +16,9 @@ from onnxcare.sweep import Sweep, spread_units
 SIZE = 7
 
 
-@pytest.fixture(scope="module", params=SUBJECTS)
+@pytest.fixture(scope="module", params=[*SUBJECTS, "attention"])
 def table(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Experiment, dict]:
-    subject = SUBJECTS[request.param]()
+    subject = (SUBJECTS | {"attention": attention})[request.param]()
     return operate(subject, tmp_path_factory.mktemp("model")), subject.samples(SIZE)
 
 

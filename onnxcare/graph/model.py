@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -13,6 +13,7 @@ from google.protobuf.message import DecodeError
 from onnx.external_data_helper import ExternalDataInfo, uses_external_data
 
 from onnxcare.errors import ModelError
+from onnxcare.graph.places import tensors
 from onnxcare.runtime import Session
 
 VALUE_FIELDS = (
@@ -22,11 +23,15 @@ VALUE_FIELDS = (
 
 @dataclass(frozen=True)
 class Signature:
-    """Name, dtype and shape of a model input or output; unknown dimensions are names or None."""
+    """Name, dtype and shape of a model input or output; unknown dimensions are names or None.
+
+    The file need not say even how many axes there are: the shape is empty then, and `ranked` False.
+    """
 
     name: str
     dtype: np.dtype | None
     shape: tuple[int | str | None, ...]
+    ranked: bool = True
 
 
 @dataclass(frozen=True)
@@ -66,7 +71,7 @@ class Model:
 
     def external_files(self) -> tuple[Path, ...]:
         """Return the sidecar files that hold tensors of this model."""
-        names = {ExternalDataInfo(tensor).location for tensor in _externaltensors(self.proto)}
+        names = {ExternalDataInfo(tensor).location for tensor in _external_tensors(self.proto)}
         return tuple(self.path.parent / name for name in sorted(names))
 
 
@@ -87,7 +92,7 @@ def load_model(path: str | Path) -> Model:
         raise ModelError(f"{path}: not an ONNX file, or a truncated one") from None
     if not proto.graph.node:
         raise ModelError(f"{path}: not an ONNX model: it holds no graph with nodes")
-    _check_external_data(path, proto)
+    check_external_data(path, proto)
     _check_values(path, proto)
     sha256 = hashlib.sha256(data).hexdigest()
     del data
@@ -96,15 +101,23 @@ def load_model(path: str | Path) -> Model:
         path=path,
         proto=proto,
         sha256=sha256,
-        inputs=tuple(_signature(*item) for item in session.inputs),
-        outputs=tuple(_signature(*item) for item in session.outputs),
+        inputs=_signatures(session.inputs, proto.graph.input),
+        outputs=_signatures(session.outputs, proto.graph.output),
     )
 
 
-def _signature(name: str, kind: str, shape: tuple[int | str | None, ...]) -> Signature:
+def _signatures(
+    found: Sequence[tuple[str, str, tuple[int | str | None, ...]]], infos: Iterable[onnx.ValueInfoProto]
+) -> tuple[Signature, ...]:
+    """Return what onnxruntime says of inputs or outputs; it calls tensors of unknown rank and scalars the same."""
+    unranked = {info.name for info in infos if not info.type.tensor_type.HasField("shape")}
+    return tuple(_signature(name, kind, shape, bool(shape) or name not in unranked) for name, kind, shape in found)
+
+
+def _signature(name: str, kind: str, shape: tuple[int | str | None, ...], ranked: bool) -> Signature:
     if kind in _MAPS:  # of classes to scores, one a sample: what they amount to is an array
         return Signature(name, np.dtype(np.float32), (None, None))
-    return Signature(name, numpy_dtype(kind), shape)
+    return Signature(name, numpy_dtype(kind), shape, ranked)
 
 
 def _bytes(path: Path) -> bytes:
@@ -133,9 +146,14 @@ def check_same_signature(model: Model, other: Model) -> None:
             )
 
 
-def _check_external_data(path: Path, proto: onnx.ModelProto) -> None:
+def check_external_data(path: Path, proto: onnx.ModelProto) -> None:
+    """Make sure that the sidecar files of a model lie beside it; `path` is where its file is, or will be.
+
+    Raises:
+        ModelError: one is missing, or outside of the folder.
+    """
     folder = path.parent.resolve()
-    for tensor in _externaltensors(proto):
+    for tensor in _external_tensors(proto):
         try:
             location = ExternalDataInfo(tensor).location
         except ValueError as error:
@@ -147,20 +165,7 @@ def _check_external_data(path: Path, proto: onnx.ModelProto) -> None:
             raise ModelError(f"{path}: its external data file {location} is missing from {path.parent}")
 
 
-def tensors(proto: onnx.ModelProto) -> list[onnx.TensorProto]:
-    """Return every tensor: initializers and attributes, in branches and functions too."""
-    tensors = list(proto.graph.initializer)
-    nodes = [*proto.graph.node, *(node for function in proto.functions for node in function.node)]
-    while nodes:
-        for item in nodes.pop().attribute:
-            tensors += [item.t, *item.tensors]
-            for graph in (item.g, *item.graphs):
-                tensors += graph.initializer
-                nodes += graph.node
-    return tensors
-
-
-def _externaltensors(proto: onnx.ModelProto) -> Iterator[onnx.TensorProto]:
+def _external_tensors(proto: onnx.ModelProto) -> Iterator[onnx.TensorProto]:
     """Yield every tensor that lies in a sidecar file."""
     return (tensor for tensor in tensors(proto) if uses_external_data(tensor))
 

@@ -27,7 +27,13 @@ Array = np.ndarray
 
 HALVES: dict[int, str] = {onnx.TensorProto.FLOAT16: "float16", onnx.TensorProto.BFLOAT16: "bfloat16"}
 FLOATS: dict[int, str] = {onnx.TensorProto.FLOAT: "float32", onnx.TensorProto.DOUBLE: "float64", **HALVES}
-# Whole numbers that may stand for weights.
+# Floating-point numbers of eight bits or less, which are read but not written.
+EIGHTHS = {
+    kind
+    for name, kind in onnx.TensorProto.DataType.items()
+    if name.startswith(("FLOAT8", "FLOAT4")) and "E8M0" not in name
+}
+# Whole numbers that may stand for weights; those of less than a byte are packed, and are read but not written.
 WHOLE: dict[int, str] = {
     onnx.TensorProto.INT8: "int8",
     onnx.TensorProto.UINT8: "uint8",
@@ -35,6 +41,7 @@ WHOLE: dict[int, str] = {
     onnx.TensorProto.UINT16: "uint16",
     onnx.TensorProto.INT32: "int32",
 }
+PACKED = {kind for name, kind in onnx.TensorProto.DataType.items() if name in ("INT4", "UINT4", "INT2", "UINT2")}
 
 
 @dataclass(frozen=True)
@@ -133,9 +140,9 @@ class Tensor(Storage):
         return self.data_type not in HALVES
 
     def read(self, source: Source) -> Array:
-        """Return the values, half precision widened to float32."""
+        """Return the values, those of less than 32 bits widened to float32."""
         values = read_tensor(source.message(self.path), source.folder)
-        return values.astype(np.float32) if self.data_type in HALVES else values
+        return values.astype(np.float32) if self.data_type in (*HALVES, *EIGHTHS) else values
 
     def encode(self, source: Source, values: Array) -> dict[wire.Path, bytes]:
         """Return the tensor with new values."""
@@ -218,7 +225,7 @@ class Scaled(Storage):
 
     @property
     def refusal(self) -> str | None:
-        """Values of less than a byte are packed in ways of their own."""
+        """Say so where values are of less than a byte, or no whole numbers."""
         return None if self.data_type in WHOLE else f"is stored as {self.kind}"
 
     @property

@@ -28,7 +28,8 @@ from onnxcare.errors import ModelError
 from onnxcare.graph import classical, halves, quantised, wire
 from onnxcare.graph.batch import free_batch
 from onnxcare.graph.layers import Layer, find_layers
-from onnxcare.graph.model import Model, tensors
+from onnxcare.graph.light import inferred
+from onnxcare.graph.model import Model
 from onnxcare.graph.parameters import (
     ATTRIBUTE,
     FUNCTION,
@@ -38,8 +39,9 @@ from onnxcare.graph.parameters import (
     find_parameters,
     storages,
 )
+from onnxcare.graph.places import tensors
 from onnxcare.graph.sites import Site, find_sites
-from onnxcare.graph.storage import FLOATS, WHOLE, Scaled, Source, Storage, Tensor
+from onnxcare.graph.storage import EIGHTHS, FLOATS, PACKED, WHOLE, Scaled, Source, Storage, Tensor
 from onnxcare.graph.view import GraphView, attribute, operator
 
 # Constants of at most so many elements are worked out even where values are not asked for: shapes and axes.
@@ -87,7 +89,18 @@ class WorkingForm:
     @cached_property
     def sites(self) -> list[Site]:
         """What can be intervened on, in the order of computation."""
-        return find_sites(self.view, self.layers)
+        return find_sites(self.view, self.layers, self.shapes)
+
+    @cached_property
+    def shapes(self) -> dict[str, tuple[int | None, ...]]:
+        """Shapes as far as they can be inferred, by tensor; None for a length that is not known."""
+        known = inferred(self.proto).graph
+        types = {info.name: info.type.tensor_type for info in (*known.value_info, *known.input, *known.output)}
+        return {
+            name: tuple(dim.dim_value if dim.HasField("dim_value") else None for dim in kind.shape.dim)
+            for name, kind in types.items()
+            if kind.HasField("shape")
+        }
 
 
 def working_form(model: Model, *, values: bool = True) -> WorkingForm:
@@ -281,7 +294,7 @@ class _Folding:
         if held is None or node.input[0] not in self.shapes or target not in FLOATS:
             return None
         self._note(node, self.shapes[node.input[0]], target)
-        if held.refusal is None:
+        if held.refusal is None or held.data_type in EIGHTHS:
             self._held[node.output[0]] = held
             return held
         if held.data_type in WHOLE:
@@ -308,7 +321,9 @@ class _Folding:
     def _dequantised(self, node: onnx.NodeProto) -> Storage | None:
         whole, scale, *rest = (self._held.get(name) for name in node.input if name)
         x = node.input[0]
-        if whole is None or scale is None or None in rest or whole.data_type not in WHOLE or x not in self.shapes:
+        if whole is None or scale is None or None in rest or x not in self.shapes:
+            return None
+        if whole.data_type not in (*WHOLE, *PACKED, *EIGHTHS):
             return None
         zero = rest[0].path if rest and rest[0] is not None else None
         self._note(node, self.shapes[x], self.types[node.input[1]])

@@ -206,13 +206,22 @@ def table(survey: Survey) -> str:
     reasons = Counter()
     for (_, what), number in survey.reasons.items():
         reasons[what] += number
-    return "\n".join([lines, _LEGEND, "refused because of:", aligned([[what, str(number)] for what, number in reasons.most_common()])])
+    return "\n".join(
+        [
+            lines,
+            _LEGEND,
+            "refused because of:",
+            aligned([[what, str(number)] for what, number in reasons.most_common()]),
+        ]
+    )
 
 
 def aligned(rows: list[list[str]]) -> str:
     """Lay out rows of text, the first column to the left and numbers to the right."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return "\n".join(
-        "  ".join([row[0].ljust(widths[0]), *(text.rjust(width) for text, width in zip(row[1:], widths[1:], strict=True))])
+        "  ".join(
+            [row[0].ljust(widths[0]), *(text.rjust(width) for text, width in zip(row[1:], widths[1:], strict=True))]
+        )
         for row in rows
     )

@@ -196,7 +196,9 @@ class Builder:
             ir_version = max(8, ir_version)
         if ir_version == 3 or self.chance(8):
             inputs += [helper.make_tensor_value_info(t.name, t.data_type, t.dims) for t in self._initializers]
-        graph = helper.make_graph(self.nodes, self.name("g"), inputs, [info(name) for name in shown], self._initializers)
+        graph = helper.make_graph(
+            self.nodes, self.name("g"), inputs, [info(name) for name in shown], self._initializers
+        )
         proto = helper.make_model(graph, ir_version=ir_version, opset_imports=[helper.make_opsetid("", self.opset)])
         proto.functions.extend(self.functions)
         if self.functions:

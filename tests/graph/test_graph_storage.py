@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
-from graph.models import Array, build, random, run, save
+from graph.models import Array, build, layers_of, random, run, save
 from graph.stored import STORED, B, W
 from onnx import helper, numpy_helper
 
@@ -141,6 +141,38 @@ def test_one_value_for_all_is_refused(tmp_path: Path) -> None:
     (layer,) = working_form(save(proto, tmp_path)).layers
     assert layer.weight.shape == (6, 4)
     assert layer.refusal == "its weight 'W' is one value for all, written by ConstantOfShape"
+
+
+@pytest.mark.parametrize(
+    ("kind", "step", "said"),
+    [
+        ("INT4", "DequantizeLinear (W, s)", "int4 with a scale"),
+        ("UINT4", "DequantizeLinear (W, s)", "uint4 with a scale"),
+        ("FLOAT8E4M3FN", "DequantizeLinear (W, s)", "float8e4m3fn with a scale"),
+        ("FLOAT8E5M2", "Cast <to = 1> (W)", "float8e5m2"),
+    ],
+)
+def test_types_that_cannot_be_patched_are_read_and_refused_by_name(
+    kind: str, step: str, said: str, tmp_path: Path
+) -> None:
+    text = f"g (float[N, 2] x) => (float[N, 4] y) {{ w = {step} z = MatMul (x, w) h = Relu (z) y = MatMul (h, V) }}"
+    proto = build(text, {"s": np.float32(0.5), "V": random(4, 4)}, opset=21, ir_version=10)
+    numbers = [1, 2, 3, 0, 4, 1, 2, 3]
+    proto.graph.initializer.append(helper.make_tensor("W", getattr(onnx.TensorProto, kind), [2, 4], numbers))
+    model = save(proto, tmp_path)
+    x = {"x": random(5, 2)}
+    experiment = Experiment(model, "cpu", 1 << 26, x)
+    assert [layer.refusal for layer in experiment.layers] == [f"its weight 'w' is stored as {said}", None]
+    np.testing.assert_allclose(experiment.scores(x), run(proto, x)[0], atol=1e-2)
+
+
+def test_packed_products_are_refused_by_name() -> None:
+    proto = build("g (float[N, 32] x) => (float[N, 4] y) { y = MatMul (x, W) }", {"W": np.zeros((4, 1, 16), np.uint8)})
+    node = proto.graph.node[0]
+    node.op_type, node.domain = "MatMulNBits", "com.microsoft"
+    node.attribute.extend(helper.make_attribute(name, value) for name, value in {"K": 32, "N": 4, "bits": 4}.items())
+    (layer,) = layers_of(proto)
+    assert (layer.inputs, layer.outputs, layer.refusal) == (32, 4, "its weight 'W' is packed, 4 bits a value")
 
 
 def test_structure_needs_no_values(tmp_path: Path) -> None:
