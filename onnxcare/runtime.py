@@ -348,6 +348,7 @@ class Budget:
 
 def _load_failure(text: str) -> str:
     """Say in one line why onnxruntime refused a model."""
+    text = _without_middle(text)
     if match := re.search(r"Unsupported model IR version: (\d+), max supported IR version: (\d+)", text):
         return (
             f"IR version {match[1]} is newer than this onnxruntime takes (at most {match[2]}); "
@@ -358,9 +359,10 @@ def _load_failure(text: str) -> str:
             f"opset {match[1]} of domain {match[2]} is newer than this onnxruntime takes (at most {match[3]}); "
             "export it again with an older opset"
         )
-    if match := re.search(r"(?:Fatal error: )?([\w.\-]*):?(\w+)\([-\d]*\) is not a registered function/op", text):
-        domain = f" of domain {match[1]}" if match[1] else ""
-        return f"onnxruntime has no kernel for operator {match[2]}{domain}; such a model cannot be run or repaired"
+    if match := re.search(r"(?<!\S)(\S+)\([-\d]*\) is not a registered function/op", text):
+        domain, _, name = _short(match[1]).rpartition(":")
+        of_domain = f" of domain {domain}" if domain else ""
+        return f"onnxruntime has no kernel for operator {name}{of_domain}; such a model cannot be run or repaired"
     return f"onnxruntime cannot load it: {_tail(text)}"
 
 
@@ -370,7 +372,16 @@ def _run_failure(text: str) -> str:
 
 def _tail(text: str) -> str:
     """Return the message of an onnxruntime error without its prefix of source positions."""
-    line = " ".join(text.split())
+    line = " ".join(_without_middle(text).split())
     line = re.sub(r"^\[ONNXRuntimeError\] : \d+ : \w+ : ", "", line)
     line = re.sub(r"\S*onnxruntime\S*\.(?:cc|h):\d+ \S.*?\) ", "", line)
+    return _short(line)
+
+
+def _without_middle(text: str) -> str:
+    """Return both ends of a long text: names in a damaged file can be of any length, and patterns take their time."""
+    return text if len(text) <= 4000 else f"{text[:2000]} ... {text[-2000:]}"
+
+
+def _short(line: str) -> str:
     return line if len(line) <= 240 else line[:237] + "..."

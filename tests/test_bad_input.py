@@ -121,6 +121,13 @@ def external(paths: Paths) -> Path:
     return sidecar
 
 
+def external_by_no_text(paths: Paths) -> None:
+    external(paths)
+    content = paths.model.read_bytes()
+    assert b"weights.bin" in content
+    paths.model.write_bytes(content.replace(b"weights.bin", b"weights.\xff\xfe\xff"))
+
+
 def external_at(key: str, value: str) -> Spoil:
     def spoil(paths: Paths) -> None:
         external(paths)
@@ -155,6 +162,10 @@ MODELS = [
     bad("external data missing", lambda paths: external(paths).unlink(), "weights.bin", "missing"),
     bad("external data cut", lambda paths: external(paths).write_bytes(b"1234"), "cannot load", "External"),
     bad("external data nowhere", external_at("offset", "banana"), "external data"),
+    bad("external data without a name", external_at("location", ""), "missing"),
+    bad("external data with a zero byte", external_at("location", "weights\0.bin"), "no name of a file"),
+    bad("external data with a long name", external_at("location", "w" * 5000), "no name of a file"),
+    bad("external data that is no text", external_by_no_text, "no name of a file"),
     bad("external data outside", external_at("location", "../weights.bin"), "outside", "../weights.bin"),
 ]
 

