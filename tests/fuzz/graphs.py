@@ -215,7 +215,7 @@ class Builder:
         """Move initializers into a sidecar file; return what it holds."""
         held = b""
         for tensor in proto.graph.initializer:
-            if tensor.data_type == TensorProto.FLOAT and tensor.raw_data:  # shapes have to lie inside
+            if tensor.data_type == TensorProto.FLOAT and len(tensor.raw_data) > 16:  # shapes and scales have to lie inside
                 tensor.data_location = TensorProto.EXTERNAL
                 where = {"location": "weights.bin", "offset": str(len(held)), "length": str(len(tensor.raw_data))}
                 for key, value in where.items():

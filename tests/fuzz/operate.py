@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections import Counter
 from pathlib import Path
 from xml.etree import ElementTree
@@ -87,11 +88,8 @@ def examine(drawn: Drawn, folder: Path, seen: Counter[str]) -> None:
 
 
 def _kind(message: str) -> str:
-    message = message.split(": ", 1)[1]
-    for words in ("do not answer as single rows", "cannot be relaxed", "no output with", "NaN"):
-        if words in message:
-            return words
-    return message
+    """Return the beginning of a refusal, without what is different in every model."""
+    return re.sub(r"/\S+|'[^']*'|\d+", "...", message)[:100]
 
 
 def _show(model: Model) -> None:
