@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Any, TypeVar, cast
 
 from onnx import inliner
 
@@ -16,6 +17,8 @@ from onnxcare.graph.model import Model
 from onnxcare.graph.parameters import Parameter, find_parameters
 from onnxcare.graph.sites import Site, find_sites
 from onnxcare.graph.view import GraphView
+
+_Fact = TypeVar("_Fact")
 
 
 @dataclass(frozen=True, eq=False)
@@ -31,6 +34,13 @@ class Anatomy:
     view: GraphView
     layers: Sequence[Layer]
     sites: Sequence[Site]
+    _facts: dict[str, Any] = field(default_factory=dict, init=False, repr=False)
+
+    def once(self, key: str, make: Callable[[], _Fact]) -> _Fact:
+        """Return what was made under a key before, or make it: for what follows from the graph alone."""
+        if key not in self._facts:
+            self._facts[key] = make()
+        return cast(_Fact, self._facts[key])
 
     @cached_property
     def parameters(self) -> Mapping[str, Parameter]:
