@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
@@ -112,8 +113,14 @@ class Network:
         else:
             part, _ = surgery.part_behind(experiment.copy, tensor, experiment.logits, what)
         held = {item.name for item in part.graph.initializer}
+        reads = Counter(name for node in part.graph.node for name in node.input)
         self.layers = [layer for layer in experiment.open_layers if layer.weight.name in held]
-        self.groups = [group for group in tunable(experiment) if all(parameter.name in held for parameter in group)]
+        # What is read in front of the cut as well, or by another branch, would change more than is seen here.
+        self.groups = [
+            group
+            for group in tunable(experiment)
+            if all(item.name in held and reads[item.name] == len(item.users) for item in group)
+        ]
         if not self.groups:
             raise NoGradient("no weights can be rewritten")
         self.parameters = tuple(parameter for group in self.groups for parameter in group)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Any, TypeVar, cast
 
 from onnxcare.graph import gradients
 from onnxcare.graph.layers import Layer
@@ -14,6 +15,8 @@ from onnxcare.graph.parameters import Parameter
 from onnxcare.graph.sites import Site
 from onnxcare.graph.view import GraphView
 from onnxcare.graph.working import working_form
+
+_Fact = TypeVar("_Fact")
 
 
 @dataclass(frozen=True, eq=False)
@@ -31,6 +34,13 @@ class Anatomy:
     parameters: Mapping[str, Parameter]
     layers: Sequence[Layer]
     sites: Sequence[Site]
+    _facts: dict[str, Any] = field(default_factory=dict, init=False, repr=False)
+
+    def once(self, key: str, make: Callable[[], _Fact]) -> _Fact:
+        """Return what was made under a key before, or make it: for what follows from the graph alone."""
+        if key not in self._facts:
+            self._facts[key] = make()
+        return cast(_Fact, self._facts[key])
 
     @cached_property
     def open_layers(self) -> list[Layer]:
@@ -38,10 +48,15 @@ class Anatomy:
         return [layer for layer in self.layers if layer.refusal is None]
 
     @cached_property
+    def tunable_layers(self) -> list[Layer]:
+        """The layers whose weights may change, if only together with those of others, in graph order."""
+        return [layer for layer in self.layers if layer.refusal is None or layer.tied]
+
+    @cached_property
     def obstacles(self) -> Mapping[str, str | None]:
-        """What stands between each open layer and a derivative of the outputs by its weights, by its name."""
+        """What stands between each tunable layer and a derivative of the outputs by its weights, by its name."""
         paths = gradients.smooth_paths(inferred(self.view.proto))
-        return {layer.name: paths.obstacle(layer.output, self.view.outputs) for layer in self.open_layers}
+        return {layer.name: paths.obstacle(layer.output, self.view.outputs) for layer in self.tunable_layers}
 
 
 def anatomy_of(model: Model) -> Anatomy:

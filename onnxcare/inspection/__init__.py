@@ -117,11 +117,13 @@ def _fits(model: Model, decision: Decision) -> bool:
 def _layers(anatomy: Anatomy, constants: Constants) -> list[LayerInfo]:
     """Return the layers and the other nodes that hold weights; every number counts where it is read first."""
     by_output = {anatomy.view.nodes[layer.node].output[0]: layer for layer in anatomy.layers}
+    # An Add that holds a layer's bias is a part of the layer.
+    parts = {layer.output for layer in anatomy.layers} - set(by_output)
     counted: dict[Held, Reader] = {}
     found = []
     for reader in constants.readers:
         layer = by_output.get(reader.node.output[0]) if reader.node.output and not reader.inside else None
-        if layer is None and not reader.holds_weights:
+        if layer is None and (not reader.holds_weights or not parts.isdisjoint(reader.node.output)):
             continue
         if layer is not None:
             _claim_bias(layer, reader, constants)

@@ -80,7 +80,7 @@ def repair(case: Case) -> Repair:
 
 def hindrance(anatomy: Anatomy, layer: Layer) -> str | None:
     """Say why no strategy can change a layer; None if one can."""
-    return layer.refusal
+    return network_finetune.hindrance(anatomy, layer) if layer.tied else layer.refusal
 
 
 def _worth_it(found: Outcome, before: Outcome, further: bool) -> bool:

@@ -12,7 +12,6 @@ Fine-Pruning (RAID 2018), and in BackdoorBench (`ft`; NeurIPS 2022). Evidence on
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -242,18 +241,17 @@ def _cross_entropy_slope(labels: Array, scores: Array) -> Array:
 
 def hindrance(anatomy: Anatomy, layer: Layer) -> str | None:
     """Say why a layer is not tuned; None if it is, as far as operators tell."""
-    if layer.refusal is not None:
+    if layer.refusal is not None and not layer.tied:
         return layer.refusal
-    if layer.name in _reached(anatomy):
+    if layer.name in anatomy.once(__name__, lambda: _reached(anatomy)):
         return None
     other = next(reason for reason in anatomy.obstacles.values() if reason)
     return anatomy.obstacles[layer.name] or f"gradients do not reach back to it beside another branch: {other}"
 
 
-@functools.lru_cache(maxsize=1)
 def _reached(anatomy: Anatomy) -> frozenset[str]:
     """Return the names of the layers in as large a part of the network as has a derivative, see `_network`."""
-    layers = anatomy.open_layers
+    layers = anatomy.tunable_layers
     for start in dict.fromkeys([None, *(layer.input for layer in layers)]):
         part = [layer.name for layer in layers if start is None or layer.output in _behind(anatomy, start)]
         if part and not any(anatomy.obstacles[name] for name in part):

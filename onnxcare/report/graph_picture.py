@@ -22,7 +22,7 @@ from onnxcare.report.svg import Arrow, Box, Line
 
 # So many constants are listed in a box, so many values of a short one, so many operators of a folded one.
 _LISTED, _VALUES, _STEPS = 5, 4, 3
-_REASON = 40
+_REASON, _PRODUCER = 40, 60
 _TIMES = "\N{MULTIPLICATION SIGN}"
 
 _LEGEND = {
@@ -32,8 +32,8 @@ _LEGEND = {
     "holder": "other node with weights",
     "plain": "other node",
     "stack": "several nodes in one box",
-    "site": "site, with its units: multipliers on them can be folded into what reads them",
-    "closed": "site whose units can be intervened on, but not scaled",
+    "site": "site, with the number of its units",
+    "closed": "site whose units cannot be scaled in what reads them",
 }
 
 
@@ -204,7 +204,8 @@ class _Picture:
         opset = file.opsets.get("ai.onnx")
         parts = [f"{self._inspection.nodes:,} nodes", f"{self._inspection.numbers:,} numbers"]
         parts += [f"opset {opset}"] if opset is not None else []
-        return ", ".join([*parts, *([f"from {file.producer}"] if file.producer else [])])
+        parts += [f"from {as_text(file.producer)[:_PRODUCER]}"] if file.producer else []
+        return ", ".join(parts)
 
     def _legend(self, boxes: Iterable[Box]) -> list[tuple[str, str]]:
         kinds = {box.kind for box in boxes}
