@@ -16,7 +16,7 @@ import numpy as np
 from onnxcare.data import Dataset, Inputs
 from onnxcare.decision import Decision
 from onnxcare.errors import ModelError
-from onnxcare.graph import surgery
+from onnxcare.graph.batch import with_free_batch
 from onnxcare.graph.model import Model
 from onnxcare.measures import Finding, Gauge, Measure, Rate, Verdict, expected_calibration_error
 from onnxcare.properties.base import log_softmax
@@ -79,7 +79,7 @@ class Witness:
         if not sizes or max(sizes) >= self.rows_per_run:
             return None
         if self._free is None:
-            self._free = Session(surgery.experiment_copy(self.model), self.device, what=str(self.model.path))
+            self._free = Session(with_free_batch(self.model), self.device, what=str(self.model.path))
         few = {name: values[:_COMPARED] for name, values in inputs.items()}
         expected, found = (
             item.run_rows(few, [self.output], rows_per_run=self.rows_per_run)[0] for item in (self._session, self._free)

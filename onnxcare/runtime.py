@@ -184,7 +184,8 @@ class Session:
             source: path of an ONNX file (external data is found beside it), or a model held in memory.
             device: `cpu` or `cuda`; never falls back silently.
             optimise: False leaves out onnxruntime's graph optimisations; the session opens faster.
-            what: how to call the model in errors, where `source` is not a path.
+            what: the file that a model held in memory comes from: how it is called in errors, and beside which its
+                external data lies.
             threads: how many threads a run takes; None for as many as there are cores.
 
         Raises:
@@ -196,8 +197,15 @@ class Session:
             content: str | bytes = source
         else:
             content = str(source) if isinstance(source, Path) else source.SerializeToString()
+        options = _options(threads, optimise)
+        if not isinstance(source, Path):
+            # Between activations that are rounded, onnxruntime would round floating-point weights as well.
+            options.add_session_config_entry("session.disable_quant_qdq", "1")
+            options.add_session_config_entry(
+                "session.model_external_initializers_file_folder_path", str(Path(what).absolute().parent)
+            )
         try:
-            self._session = _open(content, _options(threads, optimise), device)
+            self._session = _open(content, options, device)
             self.inputs = [(i.name, i.type, tuple(i.shape)) for i in self._session.get_inputs()]
             self.outputs = [(o.name, o.type, tuple(o.shape)) for o in self._session.get_outputs()]
         except Exception as error:  # onnxruntime raises a dozen unrelated types
@@ -219,7 +227,7 @@ class Session:
         names = list(outputs) if outputs is not None else [name for name, _, _ in self.outputs]
         try:
             if all(isinstance(value, np.ndarray) for value in feeds.values()):
-                return self._session.run(names, dict(feeds))
+                return [_array(answer) for answer in self._session.run(names, dict(feeds))]
             return self._run_bound(feeds, names)
         except Exception as error:
             raise ModelError(f"{self.name}: {_run_failure(str(error))}") from error
@@ -278,6 +286,13 @@ class Session:
             for everything, answer in zip(whole, answers, strict=True):
                 everything[rows] = answer[:here]
         return whole
+
+
+def _array(answer: Any) -> Any:
+    """Return maps from classes to scores, one a sample, as an array [samples, classes]; anything else as it is."""
+    if isinstance(answer, list) and answer and all(isinstance(item, dict) for item in answer):
+        return np.array([list(item.values()) for item in answer])
+    return answer
 
 
 def cores() -> int:

@@ -613,6 +613,31 @@ def test_two_inputs(tiny: Paths) -> None:
     refuses(tiny, lambda paths: None, 2, "properties.seventh", "input, more")
 
 
+def scaled(proto: onnx.ModelProto) -> None:
+    """Multiply the input by a further one, which takes one value."""
+    proto.graph.input.append(helper.make_tensor_value_info("factor", TensorProto.FLOAT, []))
+    proto.graph.node.insert(0, helper.make_node("Mul", ["input", "factor"], ["more"], name="more"))
+    proto.graph.node[1].input[0] = "more"
+
+
+def test_an_input_without_an_axis_for_the_samples(tiny: Paths) -> None:
+    tiny.edit_model(scaled)
+    for path in (tiny.data, tiny.holdout):
+        tiny.edit(path, factor=np.float32(1))
+    refuses(tiny, lambda paths: None, 3, tiny.model, "'factor'", "initializer")
+
+
+def test_an_initializer_makes_up_for_such_an_input(tiny: Paths) -> None:
+    tiny.edit_model(scaled)
+    tiny.edit_model(lambda proto: proto.graph.initializer.append(numpy_helper.from_array(np.float32(1), "factor")))
+    assert fix(tiny).exit_code == 0
+
+
+def test_an_input_of_unknown_rank(tiny: Paths) -> None:
+    tiny.edit_model(lambda proto: proto.graph.input[0].type.tensor_type.ClearField("shape"))
+    assert fix(tiny).exit_code == 0
+
+
 # -- triggers that are restored ------------------------------------------------------------------
 
 

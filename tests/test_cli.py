@@ -57,7 +57,10 @@ def unlabelled(paths: Paths) -> Paths:
 # -- start ---------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("args", [["--help"], ["fix", "-h"], ["check", "-h"], ["locate", "--help"], ["--version"]])
+@pytest.mark.parametrize(
+    "args",
+    [["--help"], ["fix", "-h"], ["check", "-h"], ["locate", "--help"], ["apply", "-h"], ["diff", "-h"], ["--version"]],
+)
 def test_help_imports_nothing_heavy(args: list[str]) -> None:
     code = (
         "import sys; from onnxcare.cli import main\n"
@@ -90,10 +93,24 @@ def test_methods_and_locators_are_those_of_the_registries() -> None:
 
 
 def test_help_names_every_command_and_option() -> None:
-    assert {"fix", "check", "locate", "inspect", "demo"} <= set(onnxcare("--help").stdout.split())
-    for option in ("--spec", "--output", "--in-place", "--method", "--best-effort", "--json", "--seed", "--memory"):
+    assert {"fix", "apply", "diff", "check", "locate", "inspect", "demo"} <= set(onnxcare("--help").stdout.split())
+    for option in ("--output", "--in-place", "--revert"):
+        assert option in onnxcare("apply", "--help").stdout
+    for option in ("--data", "--spec", "--format", "--seed", "--device", "--memory"):
+        assert option in onnxcare("diff", "--help").stdout
+    for option in ("--spec", "--output", "--in-place", "--method", "--best-effort", "--patch", "--json"):
         assert option in onnxcare("fix", "--help").stdout
-    for option in ("--locator", "--layers", "--max-changed", "--scheduler", "--workers", *cli.METHODS, *cli.LOCATORS):
+    for option in (
+        "--seed",
+        "--memory",
+        "--locator",
+        "--layers",
+        "--max-changed",
+        "--scheduler",
+        "--workers",
+        *cli.METHODS,
+        *cli.LOCATORS,
+    ):
         assert option in onnxcare("fix", "--help").stdout
     for option in ("--spec", "--samples", "--values", "--method", "--top", "--confidence", "--exact", *cli.LOCATORS):
         assert option in onnxcare("locate", "--help").stdout

@@ -70,7 +70,7 @@ def test_labels_are_optional(tmp_path: Path) -> None:
 def test_several_inputs_need_as_many_samples(tmp_path: Path) -> None:
     other = Signature("other", FLAT.dtype, FLAT.shape)
     path = save(tmp_path, input=np.ones((5, 8), np.float32), other=np.ones((4, 8), np.float32))
-    with pytest.raises(DataError, match=r"different numbers of samples \[4, 5\]"):
+    with pytest.raises(DataError, match=r"different numbers of samples: input 5, other 4; every input"):
         load_dataset(path, [FLAT, other])
 
 
@@ -141,6 +141,14 @@ def test_does_not_fit(shape: tuple[int, ...]) -> None:
 def test_does_not_fit_without_the_batch_axis() -> None:
     with pytest.raises(DataError, match=r"mask has shape \[1, 3, 5, 9\].* takes \[3, 'height', None\]"):
         check_fits(np.zeros((1, 3, 5, 9), np.uint8), IMAGE, "mask", batched=False)
+
+
+def test_anything_fits_an_input_of_unknown_rank_that_has_samples() -> None:
+    unranked = Signature("input", FLAT.dtype, (), ranked=False)
+    check_fits(np.zeros((5, 8), np.float32), unranked, "x")
+    check_fits(np.zeros(8, np.float32), unranked, "mask", batched=False)
+    with pytest.raises(DataError, match=r"x has shape \[\]"):
+        check_fits(np.zeros((), np.float32), unranked, "x")
 
 
 @pytest.mark.parametrize("dtype", [np.float64, np.float16, np.int64, np.uint8, ">f4", "U3"])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -13,6 +13,7 @@ from google.protobuf.message import DecodeError
 from onnx.external_data_helper import ExternalDataInfo, uses_external_data
 
 from onnxcare.errors import ModelError
+from onnxcare.graph.places import tensors
 from onnxcare.runtime import Session
 
 VALUE_FIELDS = (
@@ -22,11 +23,15 @@ VALUE_FIELDS = (
 
 @dataclass(frozen=True)
 class Signature:
-    """Name, dtype and shape of a model input or output; unknown dimensions are names or None."""
+    """Name, dtype and shape of a model input or output; unknown dimensions are names or None.
+
+    The file need not say even how many axes there are: the shape is empty then, and `ranked` False.
+    """
 
     name: str
     dtype: np.dtype | None
     shape: tuple[int | str | None, ...]
+    ranked: bool = True
 
 
 @dataclass(frozen=True)
@@ -87,7 +92,7 @@ def load_model(path: str | Path) -> Model:
         raise ModelError(f"{path}: not an ONNX file, or a truncated one") from None
     if not proto.graph.node:
         raise ModelError(f"{path}: not an ONNX model: it holds no graph with nodes")
-    _check_external_data(path, proto)
+    check_external_data(path, proto)
     _check_values(path, proto)
     sha256 = hashlib.sha256(data).hexdigest()
     del data
@@ -96,9 +101,23 @@ def load_model(path: str | Path) -> Model:
         path=path,
         proto=proto,
         sha256=sha256,
-        inputs=tuple(Signature(n, numpy_dtype(t), s) for n, t, s in session.inputs),
-        outputs=tuple(Signature(n, numpy_dtype(t), s) for n, t, s in session.outputs),
+        inputs=_signatures(session.inputs, proto.graph.input),
+        outputs=_signatures(session.outputs, proto.graph.output),
     )
+
+
+def _signatures(
+    found: Sequence[tuple[str, str, tuple[int | str | None, ...]]], infos: Iterable[onnx.ValueInfoProto]
+) -> tuple[Signature, ...]:
+    """Return what onnxruntime says of inputs or outputs; it calls tensors of unknown rank and scalars the same."""
+    unranked = {info.name for info in infos if not info.type.tensor_type.HasField("shape")}
+    return tuple(_signature(name, kind, shape, bool(shape) or name not in unranked) for name, kind, shape in found)
+
+
+def _signature(name: str, kind: str, shape: tuple[int | str | None, ...], ranked: bool) -> Signature:
+    if kind in _MAPS:  # of classes to scores, one a sample: what they amount to is an array
+        return Signature(name, np.dtype(np.float32), (None, None))
+    return Signature(name, numpy_dtype(kind), shape, ranked)
 
 
 def _bytes(path: Path) -> bytes:
@@ -127,7 +146,12 @@ def check_same_signature(model: Model, other: Model) -> None:
             )
 
 
-def _check_external_data(path: Path, proto: onnx.ModelProto) -> None:
+def check_external_data(path: Path, proto: onnx.ModelProto) -> None:
+    """Make sure that the sidecar files of a model lie beside it; `path` is where its file is, or will be.
+
+    Raises:
+        ModelError: one is missing, or outside of the folder.
+    """
     folder = path.parent.resolve()
     for tensor in _external_tensors(proto):
         try:
@@ -141,22 +165,9 @@ def _check_external_data(path: Path, proto: onnx.ModelProto) -> None:
             raise ModelError(f"{path}: its external data file {location} is missing from {path.parent}")
 
 
-def _tensors(proto: onnx.ModelProto) -> list[onnx.TensorProto]:
-    """Return every tensor: initializers and attributes, in branches and functions too."""
-    tensors = list(proto.graph.initializer)
-    nodes = [*proto.graph.node, *(node for function in proto.functions for node in function.node)]
-    while nodes:
-        for item in nodes.pop().attribute:
-            tensors += [item.t, *item.tensors]
-            for graph in (item.g, *item.graphs):
-                tensors += graph.initializer
-                nodes += graph.node
-    return tensors
-
-
 def _external_tensors(proto: onnx.ModelProto) -> Iterator[onnx.TensorProto]:
     """Yield every tensor that lies in a sidecar file."""
-    return (tensor for tensor in _tensors(proto) if uses_external_data(tensor))
+    return (tensor for tensor in tensors(proto) if uses_external_data(tensor))
 
 
 def value_fields(tensor: onnx.TensorProto) -> list[str]:
@@ -166,7 +177,7 @@ def value_fields(tensor: onnx.TensorProto) -> list[str]:
 
 
 def _check_values(path: Path, proto: onnx.ModelProto) -> None:
-    for tensor in _tensors(proto):
+    for tensor in tensors(proto):
         fields = value_fields(tensor)
         if len(fields) > 1:
             raise ModelError(
@@ -175,6 +186,7 @@ def _check_values(path: Path, proto: onnx.ModelProto) -> None:
             )
 
 
+_MAPS = {f"seq(map({key},tensor(float)))" for key in ("int64", "string")}
 _DTYPES = {
     "float": np.float32,
     "double": np.float64,

@@ -20,7 +20,7 @@ from onnxcare.graph.view import GraphView, attribute, operator
 _UNIT_WISE = frozenset(
     "Relu LeakyRelu Elu Selu Celu Gelu Sigmoid HardSigmoid HardSwish Swish Mish Tanh Softplus Softsign "
     "ThresholdedRelu Clip Erf Exp Log Sqrt Abs Neg Sign Floor Ceil Round Pow Reciprocal "
-    "BatchNormalization Dropout Identity Cast Shrink".split()
+    "BatchNormalization Dropout Identity Cast Shrink QuantizeLinear DequantizeLinear".split()
 )
 # Steps over the positions of a map: they keep channels apart, and mix units on any other axis.
 _CHANNEL_WISE = frozenset(

@@ -12,6 +12,7 @@ Fine-Pruning (RAID 2018), and in BackdoorBench (`ft`; NeurIPS 2022). Evidence on
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -24,9 +25,11 @@ from onnxcare.backward import Network
 from onnxcare.case import Case
 from onnxcare.data import Inputs
 from onnxcare.errors import ModelError
+from onnxcare.graph.anatomy import Anatomy
 from onnxcare.graph.gradients import NoGradient
 from onnxcare.graph.layers import Layer
 from onnxcare.graph.parameters import Parameter
+from onnxcare.graph.paths import reads
 from onnxcare.panel import Panel
 from onnxcare.properties.base import log_softmax
 from onnxcare.repair.base import Candidate, Found, Proposals, Repair, Values
@@ -241,6 +244,35 @@ def _cross_entropy_slope(labels: Array, scores: Array) -> Array:
     slope = np.exp(log_softmax(scores))
     slope[np.arange(len(labels)), labels] -= 1
     return slope / len(labels)
+
+
+def hindrance(anatomy: Anatomy, layer: Layer) -> str | None:
+    """Say why a layer is not tuned; None if it is, as far as operators tell."""
+    if layer.refusal is not None:
+        return layer.refusal
+    if layer.name in _reached(anatomy):
+        return None
+    other = next(reason for reason in anatomy.obstacles.values() if reason)
+    return anatomy.obstacles[layer.name] or f"gradients do not reach back to it beside another branch: {other}"
+
+
+@functools.lru_cache(maxsize=1)
+def _reached(anatomy: Anatomy) -> frozenset[str]:
+    """Return the names of the layers in as large a part of the network as has a derivative, see `_network`."""
+    layers = anatomy.open_layers
+    for start in dict.fromkeys([None, *(layer.input for layer in layers)]):
+        part = [layer.name for layer in layers if start is None or layer.output in _behind(anatomy, start)]
+        if part and not any(anatomy.obstacles[name] for name in part):
+            return frozenset(part)
+    return frozenset()
+
+
+def _behind(anatomy: Anatomy, tensor: str) -> set[str]:
+    found = {tensor}
+    for node in anatomy.view.nodes:
+        if reads(node) & found:
+            found.update(node.output)
+    return found
 
 
 # -- both -----------------------------------------------------------------------------------------

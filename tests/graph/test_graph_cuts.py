@@ -74,17 +74,17 @@ def test_a_function_of_the_models_own(tmp_path: Path) -> None:
     for name, values in (("W1", W1), ("V", random(8, 4))):
         proto.graph.initializer.append(numpy_helper.from_array(values, name))
     experiment = assert_cuts(Subject(proto, "x", (6,), "y"), tmp_path)
-    assert [(site.tensor, site.writers) for site in experiment.sites] == [("h", ())]
+    assert [(site.tensor, site.writers) for site in experiment.sites] == [("h", ("Gemm#0",))]
 
 
-def test_quantised_weights_are_no_layers(tmp_path: Path) -> None:
+def test_quantised_weights_are_weights(tmp_path: Path) -> None:
     subject = dense_subject(
         "v = DequantizeLinear (W, scale) z = MatMul (x, v) h = Relu (z) y = MatMul (h, V)",
         {"W": np.int8(W1 * 20), "scale": np.float32(0.05), "V": random(8, 4)},
         opset=19,
     )
     experiment = assert_cuts(subject, tmp_path)
-    assert [layer.weight.name for layer in experiment.layers] == ["V"]
+    assert [layer.weight.name for layer in experiment.layers] == ["v", "V"]
 
 
 def test_a_mask_that_is_an_output(tmp_path: Path) -> None:

@@ -17,8 +17,9 @@ from onnxcare.errors import ModelError, UsageError
 from onnxcare.graph import wire
 from onnxcare.graph.layers import find_layers
 from onnxcare.graph.model import Model, load_model
-from onnxcare.graph.parameters import Parameter, read
+from onnxcare.graph.parameters import Parameter
 from onnxcare.graph.patch import Patch, publish, staged, with_metadata, write_atomically
+from onnxcare.graph.storage import Source
 from onnxcare.graph.view import GraphView
 
 SAMPLE_FILES = (
@@ -40,7 +41,7 @@ def parameters_of(model: Model) -> list[Parameter]:
 
 def moved(model: Model, parameter: Parameter) -> Array:
     """Return new values for a parameter."""
-    old = read(model.proto, parameter, model.path.parent)
+    old = parameter.storage.read(Source(model.proto, model.path.parent))
     return old + random(*old.shape, seed=5, dtype=old.dtype.type)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import warnings
+from pathlib import Path
 
 import numpy as np
 import onnx
@@ -11,8 +12,9 @@ import pytest
 
 from onnxcare.graph import wire
 from onnxcare.graph.layers import find_layers
-from onnxcare.graph.parameters import find_parameters, tensor_at
+from onnxcare.graph.parameters import find_parameters
 from onnxcare.graph.sites import find_sites
+from onnxcare.graph.storage import Source
 from onnxcare.graph.view import GraphView
 
 
@@ -33,7 +35,7 @@ def look_through(name: str, proto: onnx.ModelProto) -> None:
     for site in find_sites(view, layers):
         assert site.units > 0, name
     for parameter in find_parameters(view).values():
-        tensor = tensor_at(read, parameter.path)
+        tensor = Source(read, Path()).message(parameter.path)
         assert tuple(tensor.dims) == parameter.shape, name
         same = wire.splice(data, {parameter.path: tensor.SerializeToString()})
         assert onnx.ModelProto.FromString(same) == read, name
