@@ -13,6 +13,8 @@ from onnxcare.graph import surgery
 from onnxcare.graph.gradients import Gradients, NoGradient, WeightGradients
 from onnxcare.graph.parameters import Parameter
 from onnxcare.graph.sites import Site
+from onnxcare.graph.view import GraphView
+from onnxcare.graph.weights import find_weights
 from onnxcare.runtime import Session
 from onnxcare.suffix import Activations
 
@@ -84,11 +86,12 @@ class Backward:
 
 
 class Network:
-    """A network, or the part of it behind a tensor, that takes the weights of its layers as it takes samples.
+    """A network, or the part of it behind a tensor, that takes its weights as it takes samples.
 
     Attributes:
         layers: its layers that can be rewritten.
-        parameters: their weights and biases.
+        groups: weights and biases, those of a node together, of the layers and of other operators that hold some.
+        parameters: all of them.
     """
 
     def __init__(self, experiment: Experiment, tensor: str | None = None) -> None:
@@ -99,7 +102,7 @@ class Network:
             tensor: where the graph is cut; None for all of it.
 
         Raises:
-            NoGradient: no layer can be rewritten, or an operator behind one has no derivative.
+            NoGradient: there are no weights that may change, or an operator behind some has no derivative.
             ModelError: the scores do not depend on the tensor.
         """
         self._experiment = experiment
@@ -111,10 +114,10 @@ class Network:
             part, _ = surgery.part_behind(experiment.copy, tensor, experiment.logits, what)
         held = {item.name for item in part.graph.initializer}
         self.layers = [layer for layer in experiment.open_layers if layer.weight.name in held]
-        if not self.layers:
-            raise NoGradient("no layer can be rewritten")
-        known = (parameter for layer in self.layers for parameter in (layer.weight, layer.bias))
-        self.parameters = tuple(parameter for parameter in known if parameter is not None)
+        self.groups = [group for group in tunable(experiment) if all(parameter.name in held for parameter in group)]
+        if not self.groups:
+            raise NoGradient("no weights can be rewritten")
+        self.parameters = tuple(parameter for group in self.groups for parameter in group)
         self._present = {parameter: experiment.read(parameter) for parameter in self.parameters}
         self._names = [info.name for info in part.graph.input]
         probe = experiment.tensors(self._names, experiment.probe)
@@ -147,6 +150,17 @@ class Network:
     def _fed(self, values: Mapping[Parameter, Array]) -> dict[str, Array]:
         known = {**self._present, **values}
         return {parameter.name: known[parameter].astype(parameter.dtype) for parameter in self.parameters}
+
+
+def tunable(experiment: Experiment) -> list[tuple[Parameter, ...]]:
+    """Return the weights that a gradient may move, those of a node together and the largest first.
+
+    Beside the layers' these are those of other operators, unless the user left layers out.
+    """
+    layers = [(layer.weight, layer.bias) for layer in experiment.open_layers]
+    groups = [tuple(parameter for parameter in pair if parameter is not None) for pair in layers]
+    known = {p.name for layer in experiment.layers for p in (layer.weight, layer.bias) if p is not None}
+    return groups + [item.parameters for item in find_weights(GraphView(experiment.model.proto), known)]
 
 
 def input_gradients(experiment: Experiment) -> Gradients:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import tempfile
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -76,8 +77,14 @@ class Measurement:
     triggered_holdout: float
 
 
-def arguments(sample_name: str, description: str | None) -> argparse.Namespace:
-    """Read the command line, which is the same for every sample."""
+def arguments(sample_name: str, description: str | None, models: Iterable[str] = ()) -> argparse.Namespace:
+    """Read the command line, which is the same for every sample.
+
+    Args:
+        sample_name: the name of the folder it is written into.
+        description: what the script does.
+        models: names of models that may be made alone; `only` is then the list of those asked for, all by default.
+    """
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument(
         "--cache",
@@ -91,6 +98,16 @@ def arguments(sample_name: str, description: str | None) -> argparse.Namespace:
         default=MODELS / sample_name,
         help="folder to write the sample into",
     )
+    known = list(models)
+    if known:
+        parser.add_argument(
+            "--only",
+            nargs="+",
+            choices=known,
+            default=known,
+            metavar="NAME",
+            help=f"make these models alone: {', '.join(known)}; the card is written once all are there",
+        )
     return parser.parse_args()
 
 

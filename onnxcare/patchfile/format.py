@@ -219,7 +219,9 @@ def parse(content: bytes, name: str) -> PatchFile:
         first = error.errors()[0]
         where = ".".join(str(step) for step in first["loc"])
         raise damaged(name, f"{where} of its manifest: {first['msg']}") from None
-    except (KeyError, TypeError, ValueError, RecursionError) as error:
+    except KeyError as error:
+        raise damaged(name, f"{error} is missing") from None
+    except (TypeError, ValueError, RecursionError) as error:
         raise damaged(name, error) from None
     return PatchFile(name, manifest, {key: _array(key, item) for key, item in held.items()})
 

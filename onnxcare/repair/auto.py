@@ -22,11 +22,11 @@ from onnxcare.graph.anatomy import Anatomy
 from onnxcare.graph.layers import Layer
 from onnxcare.graph.outside import why_none
 from onnxcare.panel import Outcome
-from onnxcare.repair import cascade, cut, directions, finetune, last_layer, network_finetune, neuron_finetune
+from onnxcare.repair import cascade, cut, directions, finetune, last_layer, network_finetune, neuron_finetune, recurrent
 from onnxcare.repair.base import Candidate, Found, Repair, Values
 from onnxcare.repair.choice import choose, fits, pareto_front, sized
 
-_STRATEGIES = (cut, last_layer, directions, cascade, finetune, network_finetune, neuron_finetune)
+_STRATEGIES = (cut, last_layer, recurrent, directions, cascade, finetune, network_finetune, neuron_finetune)
 # They take minutes, where the others take seconds.
 _COSTLY = (network_finetune, neuron_finetune)
 # Another way to the same end as the strategy in front of it: it begins where that one began.

@@ -14,14 +14,14 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
 
 from onnxcare.adam import Adam
-from onnxcare.backward import Network
+from onnxcare.backward import Network, tunable
 from onnxcare.case import Case
 from onnxcare.data import Inputs
 from onnxcare.errors import ModelError
@@ -70,8 +70,7 @@ class Tuned:
 
 def applies(case: Case) -> bool:
     """Return whether there is evidence whose loss can be followed, and more than one layer to change."""
-    layers = case.experiment.open_layers
-    return len(layers) > 1 and any(len(item.evidence("repair").bad) for item in case.properties)
+    return len(tunable(case.experiment)) > 1 and any(len(item.evidence("repair").bad) for item in case.properties)
 
 
 def propose(case: Case) -> Proposals:
@@ -112,7 +111,7 @@ def tune(case: Case, start: Values | None = None, width: float = _WIDTHS[0], ste
     seen, other = network.cache(fit.inputs), network.cache(unseen.inputs)
     held = _protected(case, network.layers)
     values = {parameter: begun.read(parameter).astype(np.float64) for parameter in network.parameters}
-    descents = {parameter: Adam(width * size) for parameter, size in _sizes(network.layers, values).items()}
+    descents = {parameter: Adam(width * size) for parameter, size in _sizes(network.groups, values).items()}
     best = Tuned(start, _rank(network, unseen, other, values), 0)
     stale, batches = 0, -(-len(fit.inputs[next(iter(fit.inputs))]) // _BATCH)
     for step in range(1, steps + 1):
@@ -133,14 +132,9 @@ def _rank(network: Network, panel: Panel, at: Inputs, values: Values) -> tuple[f
     return panel.outcomes(network.scores(values, at)[None])[0].rank
 
 
-def _sizes(layers: list[Layer], values: Values) -> dict[Parameter, float]:
+def _sizes(groups: Sequence[Sequence[Parameter]], values: Values) -> dict[Parameter, float]:
     """Return the root mean square of every tensor; a bias of zeros counts as large as the weights beside it."""
-    found = {}
-    for layer in layers:
-        found[layer.weight] = _size(values[layer.weight])
-        if layer.bias is not None:
-            found[layer.bias] = _size(values[layer.bias]) or found[layer.weight]
-    return found
+    return {parameter: _size(values[parameter]) or _size(values[group[0]]) for group in groups for parameter in group}
 
 
 def _size(values: Array) -> float:
