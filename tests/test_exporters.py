@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,7 +32,7 @@ MAX_RATE, ACCURACY_DROP, RECALL_DROP = 0.01, 0.01, 0.05
 
 @dataclass(frozen=True)
 class Exported:
-    """A model of the sample, and what is to be found in it: [inputs, outputs] of its layers, and the units of its sites."""
+    """A model of the sample, and what is to be found in it: weights and biases of layers, units of hidden tensors."""
 
     file: str
     layout: str
@@ -48,23 +49,24 @@ class Exported:
         return FOLDER / ("care-number.yaml" if self.number else f"care-{self.layout}.yaml")
 
 
-CONVOLUTIONAL = ((1, 8), (8, 16), (64, 32), (32, 10))
-DENSE = ((64, 32), (32, 16), (16, 10))
+CONVOLUTIONAL = ((9 * 8, 8), (9 * 8 * 16, 16), (64 * 32, 32), (32 * 10, 10))
+DENSE = ((64 * 32, 32), (32 * 16, 16), (16 * 10, 10))
 
 MODELS = (
     Exported("pytorch-torchscript.onnx", "first", CONVOLUTIONAL, (8, 16, 32)),
     Exported("pytorch-dynamo.onnx", "first", CONVOLUTIONAL, (8, 16, 32)),
     Exported("keras-export.onnx", "last", CONVOLUTIONAL, (8, 16, 32)),
     Exported("keras-tf2onnx.onnx", "last", CONVOLUTIONAL, (8, 16, 32)),
-    Exported("tensorflow-savedmodel.onnx", "flat", ((64, 48), (48, 10)), (48,)),
+    Exported("tensorflow-savedmodel.onnx", "flat", ((64 * 48, 48), (48 * 10, 10)), (48,)),
     Exported("sklearn-mlp-classifier.onnx", "flat", DENSE, (32, 16)),
     Exported("sklearn-mlp-regressor.onnx", "flat", (*DENSE[:2], (16, 1)), (32, 16), number=True),
-    Exported("sklearn-logistic-regression.onnx", "flat", ((64, 10),)),
-    Exported("sklearn-linear-svc.onnx", "flat", ((64, 10),)),
+    Exported("sklearn-logistic-regression.onnx", "flat", ((64 * 10, 10),)),
+    Exported("sklearn-linear-svc.onnx", "flat", ((64 * 10, 10),)),
     Exported("sklearn-linear-regression.onnx", "flat", ((64, 1),), number=True),
     Exported("matlab.onnx", "first", DENSE, (32, 16)),
 )
-ZIPPED = tuple(item for item in MODELS if item.file in ("sklearn-mlp-classifier.onnx", "sklearn-logistic-regression.onnx"))
+CLASSIFIERS = ("sklearn-mlp-classifier.onnx", "sklearn-logistic-regression.onnx")
+ZIPPED = tuple(item for item in MODELS if item.file in CLASSIFIERS)
 
 
 def by_name(items: tuple[Exported, ...]) -> Any:
@@ -100,8 +102,10 @@ def repaired(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
 @by_name(MODELS)
 def test_all_layers_can_be_repaired_and_all_units_are_found(exported):
     found = onnxcare.inspect(exported.model)
-    assert [(layer.inputs, layer.outputs) for layer in found.layers] == list(exported.layers)
-    assert [layer.refusal for layer in found.layers] == [None] * len(exported.layers)
+    assert found.obstacle is None
+    layers = [item for item in found.layers if item.layer]
+    assert [(item.weights, item.biases) for item in layers] == list(exported.layers)
+    assert [item.methods["auto"] for item in layers] == [None] * len(layers)
     assert [site.units for site in found.sites] == list(exported.units)
 
 
@@ -119,7 +123,8 @@ def test_the_units_that_are_located_answer_to_the_trigger(exported):
 
 @by_name(tuple(item for item in MODELS if not item.units))
 def test_a_model_without_hidden_units_has_none_to_be_located(exported):
-    check_refusal(run("locate", exported.model, "--spec", exported.spec, "--device", "cpu"), 3, exported.model, "no hidden")
+    result = run("locate", exported.model, "--spec", exported.spec, "--device", "cpu")
+    check_refusal(result, 3, exported.model, "no hidden")
 
 
 def test_the_repair_is_within_the_limits(repaired):
@@ -234,18 +239,27 @@ def test_only_the_named_values_are_others(repaired):
     assert changed and len(changed) == len(named)
     # An attribute is named after its node and itself, a tensor by its name.
     assert all(any(name == place or name.endswith(f".{place}") for name in named) for place in changed)
+    for place in (entry for tensor in old.graph.initializer for entry in tensor.external_data):
+        if place.key == "location":
+            assert (repaired.out.parent / place.value).read_bytes() == (FOLDER / place.value).read_bytes()
     kept = [entry for entry in new.metadata_props if not entry.key.startswith("onnxcare.")]
     del new.metadata_props[:]
     new.metadata_props.extend(kept)
     assert new.SerializeToString(deterministic=True) == old.SerializeToString(deterministic=True)
 
 
-def test_a_file_of_weights_comes_along_unchanged(repaired):
-    for sidecar in FOLDER.glob(f"{repaired.exported.file}.data"):
-        assert (repaired.out.parent / sidecar.name).read_bytes() == sidecar.read_bytes()
-
-
 # -- the page ------------------------------------------------------------------------------------
+
+
+def test_the_commands_of_the_page_do_what_it_says(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("sample_models").symlink_to(ROOT / "sample_models")
+    lines = "".join(re.findall(r"```sh\n(.*?)```", PAGE, re.DOTALL)).splitlines()
+    assert [line.split()[1] for line in lines] == ["inspect", "fix", "check", "check"]
+    for line in lines:
+        command, _, code = line.partition("  # exits with ")
+        result = run(*shlex.split(command)[1:])
+        assert result.exit_code == int(code or 0), (line, result.output)
 
 
 def test_the_page_and_the_card_name_every_model_with_its_specification():

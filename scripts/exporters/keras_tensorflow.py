@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import subprocess
 import sys
 import tempfile
@@ -59,7 +60,7 @@ class Dense(tf.Module):
         sizes = (SHAPES["flat"][0], HIDDEN, CLASSES)
         self.weights = [
             tf.Variable(start.normal(0, (2 / rows) ** 0.5, (rows, columns)).astype(np.float32))
-            for rows, columns in zip(sizes, sizes[1:], strict=False)
+            for rows, columns in itertools.pairwise(sizes)
         ]
         self.biases = [tf.Variable(tf.zeros(columns)) for columns in sizes[1:]]
 
