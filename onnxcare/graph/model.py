@@ -14,7 +14,7 @@ from onnx.external_data_helper import ExternalDataInfo, uses_external_data
 
 from onnxcare.errors import ModelError
 from onnxcare.graph.places import tensors
-from onnxcare.runtime import Session
+from onnxcare.runtime import MAPS, Session
 
 VALUE_FIELDS = (
     "raw_data", "float_data", "int32_data", "int64_data", "double_data", "uint64_data", "string_data"
@@ -115,7 +115,7 @@ def _signatures(
 
 
 def _signature(name: str, kind: str, shape: tuple[int | str | None, ...], ranked: bool) -> Signature:
-    if kind in _MAPS:  # of classes to scores, one a sample: what they amount to is an array
+    if kind in MAPS:
         return Signature(name, np.dtype(np.float32), (None, None))
     return Signature(name, numpy_dtype(kind), shape, ranked)
 
@@ -186,7 +186,6 @@ def _check_values(path: Path, proto: onnx.ModelProto) -> None:
             )
 
 
-_MAPS = {f"seq(map({key},tensor(float)))" for key in ("int64", "string")}
 _DTYPES = {
     "float": np.float32,
     "double": np.float64,

@@ -16,6 +16,7 @@ from onnxcare.graph.anatomy import Anatomy, anatomy_of
 from onnxcare.graph.layers import Layer
 from onnxcare.graph.light import inferred
 from onnxcare.graph.model import Model, Signature
+from onnxcare.graph.parameters import numbers_name
 from onnxcare.graph.view import as_text
 from onnxcare.inspection.base import Constant, File, Inspection, LayerInfo, SiteInfo, Value
 from onnxcare.inspection.constants import Constants, Held, Reader, find_constants
@@ -119,10 +120,15 @@ def _layers(anatomy: Anatomy, constants: Constants) -> list[LayerInfo]:
     by_output = {anatomy.view.nodes[layer.node].output[0]: layer for layer in anatomy.layers}
     # An Add that holds a layer's bias is a part of the layer.
     parts = {layer.output for layer in anatomy.layers} - set(by_output)
+    # A node that holds its weights itself may answer more than the product they are in.
+    by_weight = {layer.weight.name: layer for layer in anatomy.layers}
     counted: dict[Held, Reader] = {}
     found = []
     for reader in constants.readers:
-        layer = by_output.get(reader.node.output[0]) if reader.node.output and not reader.inside else None
+        layer = None
+        if reader.node.output and not reader.inside:
+            own = numbers_name(reader.node, "coefficients")
+            layer = by_output.get(reader.node.output[0]) or by_weight.get(own)
         if layer is None and (not reader.holds_weights or not parts.isdisjoint(reader.node.output)):
             continue
         if layer is not None:

@@ -34,6 +34,8 @@ _CONFIGURED = frozenset({"Resize", "Upsample", "OneHot"})
 _ROLES = {"MatMul": ["W", "W"], "MatMulInteger": ["W", "W"], "Gemm": ["W", "W", "B"]}
 _NAMELESS = frozenset("Add Sub Mul Div Pow Mod Max Min Mean Sum Where Equal Greater Less Concat Einsum".split())
 _BIASES = frozenset({"B", "bias", "beta", "intercepts"})
+# What classifiers of ai.onnx.ml call their classes: nothing is computed with that.
+_LABELS = "classlabels"
 
 
 @dataclass(frozen=True, eq=False)
@@ -189,7 +191,7 @@ class _Scope:
             return
         for name in filter(None, node.output):
             self._known.pop(name, None)  # in a body it hides what has the same name outside
-        reads = [Read(held, held.name) for held in own]
+        reads = [Read(held, held.name) for held in own if not held.name.startswith(_LABELS)]
         for position, name in enumerate(node.input):
             reads += (_named(read, formal_name(node, position)) for read in self._known.get(name, ()) if name)
         activation = next((name for name in inputs if name not in self._known), None)
