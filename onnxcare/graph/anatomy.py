@@ -60,7 +60,12 @@ class Anatomy:
             with contextlib.suppress(Exception):  # then they count as operators that nobody knows
                 model = inliner.inline_local_functions(model)
         paths = gradients.smooth_paths(model)
-        return {layer.name: paths.obstacle(layer.output, self.view.outputs) for layer in self.open_layers}
+        outputs = self.view.outputs
+        clear = paths.clear(outputs)
+        return {
+            layer.name: None if layer.output in clear else paths.obstacle(layer.output, outputs)
+            for layer in self.open_layers
+        }
 
 
 def anatomy_of(model: Model) -> Anatomy:
