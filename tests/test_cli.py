@@ -36,7 +36,7 @@ from workers import free_port
 from onnxcare import cli, locators, repair
 from onnxcare._version import __version__
 
-HEAVY = ("numpy", "onnx", "onnxruntime", "onnx_graphsurgeon", "cma", "scipy", "pydantic", "yaml", "rich")
+HEAVY = ("numpy", "onnx", "onnxruntime", "onnx_graphsurgeon", "graphlay", "cma", "scipy", "pydantic", "yaml", "rich")
 
 
 def python(*args: object, **options: object) -> subprocess.CompletedProcess[str]:

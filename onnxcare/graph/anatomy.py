@@ -55,8 +55,12 @@ class Anatomy:
     @cached_property
     def obstacles(self) -> Mapping[str, str | None]:
         """What stands between each tunable layer and a derivative of the outputs by its weights, by its name."""
-        paths = gradients.smooth_paths(inferred(self.view.proto))
-        return {layer.name: paths.obstacle(layer.output, self.view.outputs) for layer in self.tunable_layers}
+        paths, outputs = gradients.smooth_paths(inferred(self.view.proto)), self.view.outputs
+        clear = paths.clear(outputs)
+        return {
+            layer.name: None if layer.output in clear else paths.obstacle(layer.output, outputs)
+            for layer in self.tunable_layers
+        }
 
 
 def anatomy_of(model: Model) -> Anatomy:

@@ -18,7 +18,7 @@ from onnx import helper
 from onnxcare.graph.view import GraphView
 from onnxcare.inspection import inspect_model
 from onnxcare.report import boxes, graph_picture
-from onnxcare.report.boxes import boxes_of
+from onnxcare.report.boxes import boxes_of, without_arrows
 from onnxcare.report.svg import Arrow, Box, Line, Sheet, render
 
 ROOT = Path(__file__).parents[2]
@@ -272,6 +272,36 @@ def test_the_drawing_ends_where_no_browser_would_show_more(tmp_path: Path, monke
     found = drawing(long_model(2), tmp_path)
     assert "The drawing ends here; 17 further nodes are left out." in found.texts
     assert len(found.boxes) == 10 + 2
+
+
+def test_a_tensor_that_is_read_all_over_is_named_where_it_is_read(tmp_path: Path) -> None:
+    text, before = "", "x"
+    for index in range(10):
+        text += f"""
+            [m{index}] z{index} = MatMul ({before}, W)
+            [a{index}] h{index} = Add (z{index}, mask)"""
+        before = f"h{index}"
+    proto = build(
+        f"masked (float[N, 4] x, float[N, 4] mask) => (float[N, 4] y) {{ {text} y = Relu (h9) }}", {"W": random(4, 4)}
+    )
+    found = drawing(proto, tmp_path)
+    assert [lines(found.box(f"a{index}"))[2:] for index in range(10)] == [[], *[["reads mask"]] * 9]
+    assert "9 long arrows are left out; the boxes they lead to name what they read." in found.texts
+    assert len(found.arrows) == arrows_by_hand(proto) - 9
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_arrows_pass_by_no_more_boxes_than_can_be_placed(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(boxes, "_PASSED", 60)
+    rng = np.random.default_rng(seed)
+    pairs = {(index, index + 1, f"t{index}") for index in range(60)}
+    pairs |= {(int(a), int(b), f"t{a}") for a, b in np.sort(rng.integers(0, 61, (25, 2)), axis=1) if a < b}
+    left_out = without_arrows(sorted(pairs), ())
+    # Boxes are in a row here, so that an arrow passes by all that lie between its ends.
+    assert len(left_out) > 0 and left_out < pairs
+    assert sum(b - a - 1 for a, b, _ in pairs - left_out) <= 60
+    # Every tensor that is read keeps the arrow to whoever reads it next.
+    assert {(index, index + 1, f"t{index}") for index in range(60)} <= pairs - left_out
 
 
 # -- the file ------------------------------------------------------------------------------------

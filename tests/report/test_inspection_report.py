@@ -39,8 +39,8 @@ def tied() -> onnx.ModelProto:
     )
 
 
-@pytest.mark.parametrize("width", [80, 120, 200])
-@pytest.mark.parametrize("name", SUBJECTS)
+@pytest.mark.parametrize("width", [80, 200])
+@pytest.mark.parametrize("name", ["mlp", "residual", "acas"])
 def test_columns_sum_to_what_is_printed_and_fit_the_terminal(tmp_path: Path, name: str, width: int) -> None:
     found = of(SUBJECTS[name]().proto, tmp_path)
     shown = printed(found, width)
