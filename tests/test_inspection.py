@@ -173,17 +173,17 @@ def test_nodes_inside_others_and_functions_count_for_themselves(tmp_path: Path) 
     found = inspected(nested(), tmp_path)
     told = {item.name: (item.inside, item.weights, item.layer) for item in found.layers}
     assert told == {
+        "twice__1": ((), 16, True),  # where the function is called
         "MatMul#1": ((), 16, True),
         "within": (("loop",), 16, False),
         "tied": (("loop", "choice"), 0, False),
         "last": ((), 12, True),
-        "twice": (("function Double",), 16, False),
     }
+    assert [item.name for item in found.layers][:2] == ["twice__1", "MatMul#1"]
     (tied,) = row(found, "tied").constants
     assert (tied.name, tied.numbers, tied.counted_at) == ("W", 16, "MatMul#1")
     assert found.other == 2  # how often the loop runs, and whether at all; strings are no numbers
     assert set(row(found, "tied").methods.values()) == {"it lies inside choice"}
-    assert set(row(found, "twice").methods.values()) == {"it lies inside function Double"}
     assert row(found, "within").input.shape == ("N", 4)
 
 
@@ -249,12 +249,6 @@ HOLDERS: dict[str, tuple[str, dict[str, Array], str, tuple[int, int]]] = {
         "uint8[N, 6]",
         (20, 0),
     ),
-    "linear model": (
-        "y = ai.onnx.ml.LinearRegressor <coefficients = [1.0, 2.0, 3.0], intercepts = [4.0], targets = 1> (x)",
-        {},
-        "float[N, 3]",
-        (3, 1),
-    ),
     "two products": (
         'v = Transpose <perm = [1, 0]> (W) y = Einsum <equation = "ni,io->no"> (x, v)',
         {"W": random(3, 6)},
@@ -272,6 +266,36 @@ def test_weights_and_biases_of_what_is_no_layer(tmp_path: Path, name: str) -> No
     assert not only.layer and (only.weights, only.biases) == expected
     assert found.other == 0
     assert set(only.methods.values()) == {f"no method changes the numbers of {only.operator}"}
+
+
+def test_what_only_shows_inside_a_function_has_its_numbers_there(tmp_path: Path) -> None:
+    """A function that is called by nobody whose nodes are layers keeps its numbers to itself."""
+    proto = onnx.parser.parse_model(
+        """<ir_version: 8, opset_import: ["": 17, "my": 1]>
+        called (float[N, 4] x) => (float[N, 4] y) { [call] y = my.Shift (x) }
+        <domain: "my", opset_import: ["": 17]>
+        Shift (X) => (Y) {
+            by = Constant <value = float[4] {1, 2, 3, 4}> ()
+            [add] Y = Add (X, by)
+        }"""
+    )
+    found = inspected(proto, tmp_path)
+    (only,) = found.layers
+    assert (only.name, only.inside, only.weights) == ("add", ("function Shift",), 4)
+    assert set(only.methods.values()) == {"it lies inside function Shift"}
+
+
+def test_nodes_without_a_name_are_told_apart_once_functions_are_inlined(tmp_path: Path) -> None:
+    proto = onnx.parser.parse_model(NESTED.replace("[twice] ", ""))
+    names = [item.name for item in inspected(proto, tmp_path).layers]
+    assert len(names) == len(set(names)) == 5 and "MatMul#1" in names
+
+
+def test_a_linear_model_is_a_layer_that_holds_its_weights_itself(tmp_path: Path) -> None:
+    model = "ai.onnx.ml.LinearRegressor <coefficients = [1.0, 2.0, 3.0], intercepts = [4.0], targets = 1>"
+    (only,) = inspected(build(f"linear (float[N, 3] x) => (float[N, 1] y) {{ [it] y = {model} (x) }}"), tmp_path).layers
+    assert (only.name, only.operator) == ("it", "ai.onnx.ml.LinearRegressor")
+    assert only.layer and (only.weights, only.biases) == (3, 1) and only.methods["auto"] is None
 
 
 def test_what_says_how_to_go_about_it_is_no_weight(tmp_path: Path) -> None:
@@ -420,7 +444,8 @@ def test_types_that_are_no_tensors_are_told_in_words(tmp_path: Path) -> None:
 
 def test_what_keeps_the_whole_model_from_being_repaired(tmp_path: Path) -> None:
     assert inspected(SUBJECTS["mlp"]().proto, tmp_path).obstacle is None
-    assert "no output with one score per class" in inspected(ODD["maps"], tmp_path).obstacle
+    assert inspected(ODD["maps"], tmp_path).obstacle is None  # scores of every class
+    assert "no output with one score per class" in inspected(ODD["strings"], tmp_path).obstacle
     nothing = build("fed (float[0, 3] x) => (float[0, 2] y) { y = MatMul (x, W) }", {"W": random(3, 2)})
     assert "holds no values" in inspected(nothing, tmp_path).obstacle
 

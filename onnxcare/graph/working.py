@@ -118,7 +118,8 @@ def working_form(model: Model, *, values: bool = True) -> WorkingForm:
     proto.CopyFrom(model.proto)
     # Nodes keep their position in the file as a name, wherever they end up.
     for index, node in enumerate(proto.graph.node):
-        node.name = node.name or f"{node.op_type}#{index}"
+        if not node.name:
+            node.name = f"{node.op_type}#{index}"
     stored = storages(GraphView(proto))
     if proto.functions:
         proto, inside = _inlined(proto)
@@ -213,7 +214,8 @@ def _inlined(proto: onnx.ModelProto) -> tuple[onnx.ModelProto, dict[str, Storage
             tensor.raw_data = payloads[tensor.name]
     found: dict[str, Storage] = {}
     for index, node in enumerate(flat.graph.node):
-        node.name = node.name or f"{node.op_type}#{index}"
+        if not node.name:  # a node of the file may well be called after this position
+            node.name = f"inlined {node.op_type}#{index}"
         for item in node.attribute:
             if item.t.doc_string in known:
                 found[node.output[0]] = known[item.t.doc_string]

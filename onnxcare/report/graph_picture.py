@@ -54,7 +54,9 @@ class _Picture:
         self._inspection = inspection
         self._view = view = anatomy.view
         self._values: Mapping[str, Value] = declared_values(inferred(model.proto).graph)
-        self._rows = {row.output.name: row for row in inspection.layers if not row.inside and row.output is not None}
+        mine = [row for row in inspection.layers if not row.inside]
+        self._layers = {row.name: row for row in mine if row.layer}
+        self._rows = {row.output.name: row for row in mine if row.output is not None and not row.layer}
         self._sites = {site.tensor: site for site in inspection.sites}
         self._functions = {(item.domain, item.name): len(item.node) for item in model.proto.functions}
         tables = {view.producer[name] for name, row in self._rows.items() if row.operator == "Gather"}
@@ -100,7 +102,7 @@ class _Picture:
         if len(nodes) > 1 and group.layer is None:
             return self._folded(nodes)
         _, node = nodes[0]
-        row = self._row(nodes)
+        row = self._row(nodes) if group.layer is None else self._layers.get(group.layer.name)
         head = " + ".join(operator_name(item) for _, item in nodes)
         lines = [Line("head", head)]
         if node.name:

@@ -16,7 +16,6 @@ from onnxcare.data import Dataset
 from onnxcare.errors import ModelError
 from onnxcare.graph.anatomy import Anatomy, anatomy_of
 from onnxcare.graph.model import load_model
-from onnxcare.graph.view import GraphView
 from onnxcare.repair import care, clp, fine_pruning, network_finetune, pruning
 
 
@@ -82,8 +81,8 @@ def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
 
 @pytest.fixture(scope="module")
 def anatomy(case: Case) -> Anatomy:
-    experiment = case.experiment
-    return Anatomy(GraphView(experiment.model.proto), experiment.layers, experiment.sites)
+    form = case.experiment.form
+    return Anatomy(form.view, form.parameters, case.experiment.layers, case.experiment.sites)
 
 
 def able(method: str, anatomy: Anatomy) -> set[str]:
