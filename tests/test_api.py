@@ -64,7 +64,25 @@ def softmax_inside(model: onnx.ModelProto, folder: Path) -> None:
     model.graph.node.append(helper.make_node("Softmax", ["logits"], ["scores"], axis=-1))
 
 
-WAYS = [as_exported, batch_of_one, old_format, constant_nodes, external_data, softmax_inside]
+def pooled_to_a_point(model: onnx.ModelProto, folder: Path) -> None:
+    """Answer as a network that ends with global pooling does, [samples, classes, 1, 1]."""
+    model.graph.node[-1].output[0] = "flat"
+    model.graph.initializer.append(numpy_helper.from_array(np.array([2, 3]), "axes"))
+    model.graph.node.append(helper.make_node("Unsqueeze", ["flat", "axes"], ["logits"]))
+    model.graph.node.append(helper.make_node("Softmax", ["logits"], ["scores"], axis=1))
+    for _ in range(2):
+        model.graph.output[0].type.tensor_type.shape.dim.add(dim_value=1)
+
+
+WAYS = [
+    as_exported,
+    batch_of_one,
+    old_format,
+    constant_nodes,
+    external_data,
+    softmax_inside,
+    pooled_to_a_point,
+]
 
 
 @pytest.fixture
