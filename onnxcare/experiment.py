@@ -176,7 +176,7 @@ class Experiment:
         sizes = [size for size in fixed if isinstance(size, int)]
         few = _first(probe, max(3, *(size + 1 for size in sizes)) if sizes else 3)
         # Fused integer arithmetic rounds in other places than what the file says.
-        session = Session(self.model.path, self.device, optimise=not self.form.quantised)
+        session = Session(self.model.path, self.device, optimise=not self.form.quantised, axes=self.model.axes)
         original = session.run_rows(few, [self.output], rows_per_run=1)[0]
         try:
             copied = self.tensors([self.output], few)[0]

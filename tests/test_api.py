@@ -112,6 +112,64 @@ def test_every_way_to_write_the_model_is_repaired(tmp_path, brief, write, method
     assert [node.op_type for node in written.graph.node] == [node.op_type for node in model.graph.node]
 
 
+def with_a_memory(model: onnx.ModelProto) -> None:
+    """Let the input be that of the model before, times a rate for all samples, plus a memory of [2, samples, 8]."""
+    graph = model.graph
+    graph.input.append(helper.make_tensor_value_info("rate", onnx.TensorProto.FLOAT, []))
+    graph.input.append(helper.make_tensor_value_info("memory", onnx.TensorProto.FLOAT, [2, 1, 8]))
+    graph.input[0].type.tensor_type.shape.dim[0].dim_value = 1
+    graph.output.append(helper.make_tensor_value_info("next", onnx.TensorProto.FLOAT, [2, 1, 8]))
+    graph.initializer.append(numpy_helper.from_array(np.array([0]), "leading"))
+    graph.node[0].input[0] = "felt"
+    made = [
+        helper.make_node("Mul", ["input", "rate"], ["scaled"]),
+        helper.make_node("ReduceSum", ["memory", "leading"], ["remembered"], keepdims=0),
+        helper.make_node("Add", ["scaled", "remembered"], ["felt"]),
+        helper.make_node("Mul", ["memory", "rate"], ["next"]),
+        # Both are read behind the hidden layer, too.
+        helper.make_node("ReduceMean", ["memory"], ["mean"], axes=[0, 2], keepdims=0),
+        helper.make_node("Unsqueeze", ["mean", "behind"], ["column"]),
+        helper.make_node("Mul", ["column", "rate"], ["shift"]),
+        helper.make_node("Add", ["plain", "shift"], ["scores"]),
+    ]
+    graph.initializer.append(numpy_helper.from_array(np.array([1]), "behind"))
+    graph.node[-1].output[0] = "plain"
+    for index, node in enumerate(made[:4]):
+        graph.node.insert(index, node)
+    graph.node.extend(made[4:])
+
+
+ERRORS = "    kind: errors\n    samples: triggered.npz\n    max_rate: 0.1"
+
+
+def test_a_model_with_a_memory_is_repaired(tmp_path):
+    case = write_case(tmp_path)
+    rng = np.random.default_rng(0)
+    case.edit_model(with_a_memory)
+    case.rewrite("seed: 1", "seed: 1\nsample_axes: {memory: 1, rate: null}")
+    case.rewrite("    kind: backdoor\n    trigger: trigger.npz\n    target: 1\n    max_rate: 0.01", ERRORS)
+    case.rewrite("accuracy_drop: 0.01", "accuracy_drop: 0.03")
+    triggered = tmp_path / "triggered.npz"
+    np.savez(triggered, **triggered_samples(400, seed=3))
+    for path in (case.data, case.holdout, triggered):
+        arrays = dict(np.load(path))
+        half = rng.normal(0, 0.05, (1, *arrays["input"].shape)).astype(np.float32)
+        half[..., TRIGGER_FEATURE] = 0
+        memory = np.concatenate([half, -half])
+        np.savez(path, **{**arrays, "input": arrays["input"] / 2, "rate": np.float32(2), "memory": memory})
+    fix = onnxcare.fix(case.model, case.spec, case.out, device="cpu")
+    assert fix.status == "repaired"
+    checked = onnxcare.check(case.out, case.spec, baseline=case.model, device="cpu")
+    assert checked.verdict.properties[0].status == "pass"
+    # Run row by row as the file takes them, by hand.
+    session = ort.InferenceSession(case.out.read_bytes())
+    held = dict(np.load(triggered))
+    rows = range(len(held["input"]))
+    given = [(held["input"][i : i + 1], held["memory"][:, i : i + 1]) for i in rows]
+    found = [session.run(["scores"], {"input": x, "memory": m, "rate": held["rate"]})[0].argmax() for x, m in given]
+    assert (np.array(found) == 1)[held["y"] != 1].mean() < 0.1
+
+
 def test_names_of_methods_and_locators_that_are_unknown_are_refused(tmp_path):
     case = write_case(tmp_path)
     before = contents(tmp_path)

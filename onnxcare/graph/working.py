@@ -26,7 +26,7 @@ from onnx.external_data_helper import load_external_data_for_tensor, uses_extern
 
 from onnxcare.errors import ModelError
 from onnxcare.graph import classical, halves, quantised, wire
-from onnxcare.graph.batch import free_batch
+from onnxcare.graph.batch import free_batch, put_samples_first
 from onnxcare.graph.layers import Layer, find_layers
 from onnxcare.graph.model import Model, tensors
 from onnxcare.graph.parameters import (
@@ -133,7 +133,7 @@ def working_form(model: Model, *, values: bool = True) -> WorkingForm:
 
 
 def experiment_form(model: Model) -> WorkingForm:
-    """Return the working form with all values, a free batch size, and the types and shapes that can be inferred.
+    """Return the working form with all values, samples on axis 0, as many as one likes, and what can be inferred.
 
     Raises:
         ModelError: the model's operator set is too old for the inserted nodes, or a tensor is damaged.
@@ -144,7 +144,8 @@ def experiment_form(model: Model) -> WorkingForm:
             "(onnx.version_converter can raise it)"
         )
     form = working_form(model)
-    free_batch(form.proto, {signature.name for signature in model.inputs})
+    free_batch(form.proto, {signature.name: signature.axis for signature in model.inputs})
+    put_samples_first(form.proto, model.axes)
     try:
         return replace(form, proto=onnx.shape_inference.infer_shapes(form.proto))
     except Exception:  # inference is a help for dtypes, not a need; custom operators make it fail
