@@ -139,19 +139,25 @@ def with_a_memory(model: onnx.ModelProto) -> None:
     graph.node.extend(made[4:])
 
 
-ERRORS = "    kind: errors\n    samples: triggered.npz\n    max_rate: 0.1"
+PROPERTY = "    kind: backdoor\n    trigger: trigger.npz\n    target: 1\n    max_rate: 0.01"
+ASKED = {
+    "errors": "    kind: errors\n    samples: triggered.npz\n    max_rate: 0.1",
+    "twins": "    kind: backdoor\n    triggered: triggered.npz\n    twins: twins.npz\n    target: 1\n    max_rate: 0.1",
+}
 
 
-def test_a_model_with_a_memory_is_repaired(tmp_path):
+@pytest.mark.parametrize("asked", ASKED)
+def test_a_model_with_a_memory_is_repaired(tmp_path, asked):
     case = write_case(tmp_path)
     rng = np.random.default_rng(0)
     case.edit_model(with_a_memory)
     case.rewrite("seed: 1", "seed: 1\nsample_axes: {memory: 1, rate: null}")
-    case.rewrite("    kind: backdoor\n    trigger: trigger.npz\n    target: 1\n    max_rate: 0.01", ERRORS)
+    case.rewrite(PROPERTY, ASKED[asked])
     case.rewrite("accuracy_drop: 0.01", "accuracy_drop: 0.03")
-    triggered = tmp_path / "triggered.npz"
+    triggered, twins = tmp_path / "triggered.npz", tmp_path / "twins.npz"
     np.savez(triggered, **triggered_samples(400, seed=3))
-    for path in (case.data, case.holdout, triggered):
+    np.savez(twins, **clean_samples(400, seed=3))
+    for path in (case.data, case.holdout, triggered, twins):
         arrays = dict(np.load(path))
         half = rng.normal(0, 0.05, (1, *arrays["input"].shape)).astype(np.float32)
         half[..., TRIGGER_FEATURE] = 0
