@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
@@ -13,6 +14,7 @@ from onnxcare.graph import surgery
 from onnxcare.graph.gradients import Gradients, NoGradient, WeightGradients
 from onnxcare.graph.parameters import Parameter
 from onnxcare.graph.sites import Site
+from onnxcare.graph.weights import find_weights
 from onnxcare.runtime import Session
 from onnxcare.suffix import Activations
 
@@ -84,11 +86,12 @@ class Backward:
 
 
 class Network:
-    """A network, or the part of it behind a tensor, that takes the weights of its layers as it takes samples.
+    """A network, or the part of it behind a tensor, that takes its weights as it takes samples.
 
     Attributes:
         layers: its layers that can be rewritten.
-        parameters: their weights and biases.
+        groups: weights and biases, those of a node together, of the layers and of other operators that hold some.
+        parameters: all of them.
     """
 
     def __init__(self, experiment: Experiment, tensor: str | None = None) -> None:
@@ -99,7 +102,7 @@ class Network:
             tensor: where the graph is cut; None for all of it.
 
         Raises:
-            NoGradient: no layer can be rewritten, or an operator behind one has no derivative.
+            NoGradient: there are no weights that may change, or an operator behind some has no derivative.
             ModelError: the scores do not depend on the tensor.
         """
         self._experiment = experiment
@@ -110,11 +113,17 @@ class Network:
         else:
             part, _ = surgery.part_behind(experiment.copy, tensor, experiment.logits, what)
         held = {item.name for item in part.graph.initializer}
+        reads = Counter(name for node in part.graph.node for name in node.input)
         self.layers = [layer for layer in experiment.open_layers if layer.weight.name in held]
-        if not self.layers:
-            raise NoGradient("no layer can be rewritten")
-        known = (parameter for layer in self.layers for parameter in (layer.weight, layer.bias))
-        self.parameters = tuple(parameter for parameter in known if parameter is not None)
+        # What is read in front of the cut as well, or by another branch, would change more than is seen here.
+        self.groups = [
+            group
+            for group in tunable(experiment)
+            if all(item.name in held and reads[item.name] == len(item.users) for item in group)
+        ]
+        if not self.groups:
+            raise NoGradient("no weights can be rewritten")
+        self.parameters = tuple(parameter for group in self.groups for parameter in group)
         self._present = {parameter: experiment.read(parameter) for parameter in self.parameters}
         self._names = [info.name for info in part.graph.input]
         probe = experiment.tensors(self._names, experiment.probe)
@@ -147,6 +156,22 @@ class Network:
     def _fed(self, values: Mapping[Parameter, Array]) -> dict[str, Array]:
         known = {**self._present, **values}
         return {parameter.name: known[parameter].astype(parameter.dtype) for parameter in self.parameters}
+
+
+def tunable(experiment: Experiment) -> list[tuple[Parameter, ...]]:
+    """Return the weights that a gradient may move, those of a node together and the largest first.
+
+    Beside the layers' these are those that several nodes share, which move for all of them together, and those of other
+    operators.
+    """
+    free = [layer for layer in experiment.layers if layer.refusal is None or layer.tied]
+    groups: dict[Parameter, tuple[Parameter, ...]] = {}
+    for layer in free:
+        bias = () if layer.bias is None else (layer.bias,)
+        groups.setdefault(layer.weight, (layer.weight, *bias))
+    known = {p.name for layer in experiment.layers for p in (layer.weight, layer.bias) if p is not None}
+    form = experiment.form
+    return [*groups.values(), *(item.parameters for item in find_weights(form.view, form.parameters, known))]
 
 
 def input_gradients(experiment: Experiment) -> Gradients:

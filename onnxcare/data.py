@@ -84,13 +84,13 @@ def load_arrays(path: Path) -> dict[str, Array]:
     return arrays
 
 
-def load_dataset(path: Path, signatures: Sequence[Signature], labels: str = "y") -> Dataset:
+def load_dataset(path: Path, signatures: Sequence[Signature], labels: str | None = "y") -> Dataset:
     """Read a data file and check it against the model's inputs.
 
     Args:
         path: the npz file.
         signatures: the model's inputs.
-        labels: the key of the labels; a file without it has none.
+        labels: the key of the labels; a file without it has none, and None leaves them out.
 
     Raises:
         DataError: a name, shape, dtype or value does not fit; the message names file and key.
@@ -115,7 +115,7 @@ def load_dataset(path: Path, signatures: Sequence[Signature], labels: str = "y")
         )
     if size == 0:
         raise DataError(f"{path}: holds no samples")
-    return Dataset(inputs, _labels(path, arrays.get(labels), labels, size))
+    return Dataset(inputs, None if labels is None else _labels(path, arrays.get(labels), labels, size))
 
 
 def _samples_first(values: Array, signature: Signature, what: str) -> Array:

@@ -158,6 +158,8 @@ class Experiment:
 
     def read(self, parameter: Parameter) -> Array:
         """Return the present values of a parameter, those of the candidate where the experiment is patched."""
+        if parameter.name not in self._held:  # it is made while the graph runs, and cannot be patched
+            return parameter.storage.read(Source(self.model.proto, self.model.path.parent))
         return read_tensor(self.copy.graph.initializer[self._held[parameter.name]], self.model.path.parent)
 
     def as_stored(self, values: Mapping[Parameter, Array]) -> dict[Parameter, Array]:

@@ -74,7 +74,7 @@ def prepare(
         check_inputs(loaded)
         _check_kinds(wanted, loaded)
         data = _data(wanted, loaded, seed)
-        experiment = Experiment(loaded, chosen, bound, data.inputs, wanted.output, _decision(wanted))
+        experiment = Experiment(loaded, chosen, bound, data.inputs, wanted.output, decision_of(wanted))
         _check_threshold(experiment)
         splits, notes = _split(wanted, loaded, experiment, data, seed)
         _need_samples(wanted, splits)
@@ -159,7 +159,8 @@ def _check_threshold(experiment: Experiment) -> None:
         raise SpecError(f"decision: the threshold {decision.threshold:g} is beyond float32")
 
 
-def _decision(spec: Spec) -> Decision:
+def decision_of(spec: Spec) -> Decision:
+    """Return how a spec says that an answer is read."""
     if isinstance(spec.decision, Threshold):
         return Decision("threshold", spec.decision.threshold)
     return Decision(spec.decision)

@@ -45,6 +45,9 @@ _BYTES_PER_RUN, _FEW_ROWS = 8 << 20, 16
 # Runs whose rows are of unknown size.
 _ROWS_PER_RUN = 256
 
+# What onnxruntime calls maps from classes to scores, one a sample; sessions return them as arrays.
+MAPS = frozenset(f"seq(map({key},tensor(float)))" for key in ("int64", "string"))
+
 
 def resolve_device(wanted: str) -> Device:
     """Return the device that `auto`, `cuda` or `cpu` stands for on this machine.

@@ -5,8 +5,6 @@ The attacks are those of `attacks.py`, the data files those of mnist-square-pyto
 
 from __future__ import annotations
 
-import argparse
-import tempfile
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -20,7 +18,7 @@ import attacks
 from artifacts import describe_model, hash_line, markdown_table, version_line
 from attacks import CARRIED, Attack, poison
 from mnist import load
-from samples import BACKDOORED, CLEAN, MODELS, Data, label_model, predictor, prepare, read_data
+from samples import BACKDOORED, CLEAN, MODELS, Data, arguments, label_model, predictor, prepare, read_data
 from torch_models import Recipe, export, train
 
 NAME = "mnist-attacks-pytorch"
@@ -231,39 +229,19 @@ def _plan(name: str) -> list[str]:
 
 def main() -> None:
     """Train, export, measure."""
-    options = arguments()
+    options = arguments(NAME, __doc__, PLANS)
     folder: Path = options.output
     folder.mkdir(parents=True, exist_ok=True)
     source = load(options.cache)
     clean = prepare(source.train_x, source.train_y, attacks.SHAPE)
     # The order of sums, and with it the last bits of the weights, depends on the number of threads.
     torch.set_num_threads(1)
-    for name in options.only or PLANS:
+    for name in options.only:
         write_model(name, clean, folder)
         for attack in CARRIED.get(name, ()):
             print(*measure(folder / file_of(name), attack))
     if all((folder / file_of(name)).exists() for name in PLANS):
         write_card(folder)
-
-
-def arguments() -> argparse.Namespace:
-    """Read the command line."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument(
-        "--cache",
-        type=Path,
-        default=Path(tempfile.gettempdir()) / "onnxcare-samples",
-        help="folder that keeps the downloaded data",
-    )
-    parser.add_argument("--output", type=Path, default=MODELS / NAME, help="folder to write the sample into")
-    parser.add_argument(
-        "--only",
-        nargs="+",
-        choices=PLANS,
-        metavar="NAME",
-        help=f"make these models alone: {', '.join(PLANS)}; the card is written once all are there",
-    )
-    return parser.parse_args()
 
 
 _CARD = """\

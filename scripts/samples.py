@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import tempfile
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,6 +19,7 @@ import onnx
 import onnxruntime
 
 import mnist
+from artifacts import write_model
 from poison import Predict, Trigger, attack_success, target_rate
 
 MODELS = Path(__file__).resolve().parent.parent / "sample_models"
@@ -75,8 +77,14 @@ class Measurement:
     triggered_holdout: float
 
 
-def arguments(sample_name: str, description: str | None) -> argparse.Namespace:
-    """Read the command line, which is the same for every sample."""
+def arguments(sample_name: str, description: str | None, models: Iterable[str] = ()) -> argparse.Namespace:
+    """Read the command line, which is the same for every sample.
+
+    Args:
+        sample_name: the name of the folder it is written into.
+        description: what the script does.
+        models: names of models that may be made alone; `only` is then the list of those asked for, all by default.
+    """
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument(
         "--cache",
@@ -90,6 +98,16 @@ def arguments(sample_name: str, description: str | None) -> argparse.Namespace:
         default=MODELS / sample_name,
         help="folder to write the sample into",
     )
+    known = list(models)
+    if known:
+        parser.add_argument(
+            "--only",
+            nargs="+",
+            choices=known,
+            default=known,
+            metavar="NAME",
+            help=f"make these models alone: {', '.join(known)}; the card is written once all are there",
+        )
     return parser.parse_args()
 
 
@@ -143,24 +161,9 @@ def write_care(sample: Sample, folder: Path) -> None:
 
 
 def label_model(path: Path, warning: str) -> None:
-    """Say inside the file what it is not for, and remove what ties it to the computer that made it.
-
-    Exporters note the source line behind every node, with its full path.
-    """
-    model = onnx.load(path)
-    for node in model.graph.node:
-        node.doc_string = ""
-        for entry in [e for e in node.metadata_props if "stack_trace" in e.key]:
-            node.metadata_props.remove(entry)
-    onnx.helper.set_model_props(
-        model,
-        {
-            "warning": warning,
-            "training_data": "MNIST, Y. LeCun, C. Cortes and C. J. C. Burges",
-        },
-    )
-    onnx.checker.check_model(model, full_check=True)
-    path.write_bytes(model.SerializeToString(deterministic=True))
+    """Say inside the file what it is not for, and remove what ties it to the computer that made it."""
+    properties = {"warning": warning, "training_data": "MNIST, Y. LeCun, C. Cortes and C. J. C. Burges"}
+    write_model(onnx.load(path), path, properties)
 
 
 def predictor(path: Path) -> Predict:

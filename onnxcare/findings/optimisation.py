@@ -26,7 +26,7 @@ from onnxcare.errors import ModelError, nearest
 from onnxcare.findings.base import StaticFinding, counted, limited, quoted
 from onnxcare.findings.files import read
 from onnxcare.findings.walk import scopes
-from onnxcare.runtime import Device, Session
+from onnxcare.runtime import MAPS, Device, Session
 
 Array = np.ndarray
 Decide = Callable[[Array], Array | None]
@@ -80,12 +80,12 @@ def optimisation_findings(
 
 
 def _comparable(session: Session, output: str | None) -> list[str]:
-    """Return the outputs that are tensors with samples on axis 0."""
-    tensors = {name: shape for name, kind, shape in session.outputs if kind.startswith("tensor(")}
+    """Return the outputs that are tensors with samples on axis 0; one that is asked for may be maps of scores, too."""
+    held = {name: shape for name, kind, shape in session.outputs if kind.startswith("tensor(") or kind in MAPS}
     if output is None:
-        return [name for name, shape in tensors.items() if shape]
-    if output not in tensors:
-        raise ModelError(f"{session.name}: has no tensor output {output!r}{nearest(output, tensors)}")
+        return [name for name, shape in held.items() if shape]
+    if output not in held:
+        raise ModelError(f"{session.name}: has no output {output!r} that can be compared{nearest(output, held)}")
     return [output]
 
 

@@ -50,7 +50,21 @@ def _relax_shapes(copy: onnx.ModelProto, inputs: Axes) -> int:
             shape.dim[axis].dim_param = _BATCH
     if fixed:
         del copy.graph.value_info[:]
+        _forget_shapes_inside(copy.graph)
     return fixed
+
+
+def _forget_shapes_inside(graph: onnx.GraphProto) -> None:
+    """Take the declared shapes out of branches and bodies: the batch may be in any of them."""
+    attributes = [item for node in graph.node for item in node.attribute]
+    for inner in [item.g for item in attributes if item.HasField("g")] + [
+        g for item in attributes for g in item.graphs
+    ]:
+        del inner.value_info[:]
+        for info in (*inner.input, *inner.output):
+            if info.type.HasField("tensor_type"):
+                info.type.tensor_type.ClearField("shape")
+        _forget_shapes_inside(inner)
 
 
 def _relax_reshapes(copy: onnx.ModelProto, fixed: int) -> None:

@@ -14,7 +14,8 @@ from onnx.external_data_helper import ExternalDataInfo, uses_external_data
 
 from onnxcare.axes import Axes, samples_first
 from onnxcare.errors import ModelError, SpecError, nearest
-from onnxcare.runtime import Session
+from onnxcare.graph.places import tensors
+from onnxcare.runtime import MAPS, Session
 
 VALUE_FIELDS = (
     "raw_data", "float_data", "int32_data", "int64_data", "double_data", "uint64_data", "string_data"
@@ -79,7 +80,7 @@ class Model:
 
     def external_files(self) -> tuple[Path, ...]:
         """Return the sidecar files that hold tensors of this model."""
-        names = {ExternalDataInfo(tensor).location for tensor in _externaltensors(self.proto)}
+        names = {ExternalDataInfo(tensor).location for tensor in _external_tensors(self.proto)}
         return tuple(self.path.parent / name for name in sorted(names))
 
 
@@ -105,7 +106,7 @@ def load_model(path: str | Path, axes: Axes | None = None) -> Model:
         raise ModelError(f"{path}: not an ONNX file, or a truncated one") from None
     if not proto.graph.node:
         raise ModelError(f"{path}: not an ONNX model: it holds no graph with nodes")
-    _check_external_data(path, proto)
+    check_external_data(path, proto)
     _check_values(path, proto)
     sha256 = hashlib.sha256(data).hexdigest()
     del data
@@ -144,7 +145,7 @@ def _with_axes(path: Path, inputs: tuple[Signature, ...], axes: Axes) -> tuple[S
 
 
 def _signature(name: str, kind: str, shape: tuple[int | str | None, ...], ranked: bool) -> Signature:
-    if kind in _MAPS:  # of classes to scores, one a sample: what they amount to is an array
+    if kind in MAPS:
         return Signature(name, np.dtype(np.float32), (None, None))
     return Signature(name, numpy_dtype(kind), shape, ranked)
 
@@ -175,9 +176,14 @@ def check_same_signature(model: Model, other: Model) -> None:
             )
 
 
-def _check_external_data(path: Path, proto: onnx.ModelProto) -> None:
+def check_external_data(path: Path, proto: onnx.ModelProto) -> None:
+    """Make sure that the sidecar files of a model lie beside it; `path` is where its file is, or will be.
+
+    Raises:
+        ModelError: one is missing, or outside of the folder.
+    """
     folder = path.parent.resolve()
-    for tensor in _externaltensors(proto):
+    for tensor in _external_tensors(proto):
         try:
             location = ExternalDataInfo(tensor).location
         except ValueError as error:
@@ -189,20 +195,7 @@ def _check_external_data(path: Path, proto: onnx.ModelProto) -> None:
             raise ModelError(f"{path}: its external data file {location} is missing from {path.parent}")
 
 
-def tensors(proto: onnx.ModelProto) -> list[onnx.TensorProto]:
-    """Return every tensor: initializers and attributes, in branches and functions too."""
-    tensors = list(proto.graph.initializer)
-    nodes = [*proto.graph.node, *(node for function in proto.functions for node in function.node)]
-    while nodes:
-        for item in nodes.pop().attribute:
-            tensors += [item.t, *item.tensors]
-            for graph in (item.g, *item.graphs):
-                tensors += graph.initializer
-                nodes += graph.node
-    return tensors
-
-
-def _externaltensors(proto: onnx.ModelProto) -> Iterator[onnx.TensorProto]:
+def _external_tensors(proto: onnx.ModelProto) -> Iterator[onnx.TensorProto]:
     """Yield every tensor that lies in a sidecar file."""
     return (tensor for tensor in tensors(proto) if uses_external_data(tensor))
 
@@ -223,7 +216,6 @@ def _check_values(path: Path, proto: onnx.ModelProto) -> None:
             )
 
 
-_MAPS = {f"seq(map({key},tensor(float)))" for key in ("int64", "string")}
 _DTYPES = {
     "float": np.float32,
     "double": np.float64,

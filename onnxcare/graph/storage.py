@@ -150,7 +150,9 @@ class Tensor(Storage):
         dtype = onnx.helper.tensor_dtype_to_np_dtype(self.data_type)
         with np.errstate(over="ignore"):
             stored = values.astype(dtype)
-        if not np.isfinite(stored.astype(np.float64)).all():
+        unfit = ~np.isfinite(stored.astype(np.float64))
+        # Infinities that were there before may stay: masks are made of them.
+        if unfit.any() and (unfit & differing(stored, read_tensor(tensor, source.folder))).any():
             raise ModelError(f"{tensor.name}: the repair does not fit into {self.kind}")
         return {self.path: write_tensor(tensor, stored)}
 
@@ -361,6 +363,11 @@ def _range(old: Array, symmetric: bool) -> tuple[int, int]:
     return (-info.max if narrow else info.min), info.max
 
 
+def differing(new: Array, old: Array) -> Array:
+    """Return which values differ; NaN is the same as NaN."""
+    return (new != old) & ~(np.isnan(new) & np.isnan(old))
+
+
 def read_tensor(tensor: onnx.TensorProto, folder: Path) -> Array:
     """Return the values of a tensor, external data included, as onnxruntime reads them.
 
@@ -385,7 +392,8 @@ def write_tensor(tensor: onnx.TensorProto, values: Array) -> bytes:
     Raises:
         ValueError: the values are of another type or shape.
     """
-    payload = numpy_helper.from_array(np.ascontiguousarray(values))
+    # Not ascontiguousarray: it would give a single number an axis.
+    payload = numpy_helper.from_array(np.asarray(values, order="C"))
     if tuple(payload.dims) != tuple(tensor.dims) or payload.data_type != tensor.data_type:
         raise ValueError(f"{tensor.name}: {values.shape} does not fit {tuple(tensor.dims)}")
     new = onnx.TensorProto()

@@ -28,7 +28,8 @@ from onnxcare.errors import ModelError
 from onnxcare.graph import classical, halves, quantised, wire
 from onnxcare.graph.batch import free_batch, put_samples_first
 from onnxcare.graph.layers import Layer, find_layers
-from onnxcare.graph.model import Model, tensors
+from onnxcare.graph.light import inferred
+from onnxcare.graph.model import Model
 from onnxcare.graph.parameters import (
     ATTRIBUTE,
     FUNCTION,
@@ -38,13 +39,15 @@ from onnxcare.graph.parameters import (
     find_parameters,
     storages,
 )
+from onnxcare.graph.places import tensors
 from onnxcare.graph.sites import Site, find_sites
 from onnxcare.graph.storage import EIGHTHS, FLOATS, PACKED, WHOLE, Scaled, Source, Storage, Tensor
 from onnxcare.graph.view import GraphView, attribute, operator
 
 # Constants of at most so many elements are worked out even where values are not asked for: shapes and axes.
 _SMALL = 64
-_OLDEST_OPSET = 8  # broadcasting from 7, Expand from 8
+# Broadcasting is from opset 7, Expand, which is inserted, from opset 8.
+_OLDEST_OPSET, _INSERTED = 7, 8
 # How far answers may be from the file's, relative to the largest: rounding of fused operators, of half precision, of
 # activations that are quantised as they come.
 EXACT, _HALF, _DYNAMIC = 1e-4, 2e-2, 1e-1
@@ -87,7 +90,18 @@ class WorkingForm:
     @cached_property
     def sites(self) -> list[Site]:
         """What can be intervened on, in the order of computation."""
-        return find_sites(self.view, self.layers)
+        return find_sites(self.view, self.layers, self.shapes)
+
+    @cached_property
+    def shapes(self) -> dict[str, tuple[int | None, ...]]:
+        """Shapes as far as they can be inferred, by tensor; None for a length that is not known."""
+        known = inferred(self.proto).graph
+        types = {info.name: info.type.tensor_type for info in (*known.value_info, *known.input, *known.output)}
+        return {
+            name: tuple(dim.dim_value if dim.HasField("dim_value") else None for dim in kind.shape.dim)
+            for name, kind in types.items()
+            if kind.HasField("shape")
+        }
 
 
 def working_form(model: Model, *, values: bool = True) -> WorkingForm:
@@ -144,6 +158,10 @@ def experiment_form(model: Model) -> WorkingForm:
             "(onnx.version_converter can raise it)"
         )
     form = working_form(model)
+    for item in form.proto.opset_import:
+        # All that opset 8 changed is that some operators may do more.
+        if item.domain in ("", "ai.onnx"):
+            item.version = max(item.version, _INSERTED)
     free_batch(form.proto, {signature.name: signature.axis for signature in model.inputs})
     put_samples_first(form.proto, model.axes)
     try:

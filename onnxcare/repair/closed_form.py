@@ -27,6 +27,7 @@ from onnxcare.data import Dataset, Inputs
 from onnxcare.experiment import Experiment
 from onnxcare.graph.layers import Layer
 from onnxcare.panel import Panel
+from onnxcare.properties.base import Property
 from onnxcare.runtime import batches
 from onnxcare.suffix import Activations
 
@@ -38,6 +39,10 @@ _PIECE = 32 << 20
 _FAINT = 1e-3
 # Up to so many outputs all eigenvectors are computed.
 _DENSE = 256
+# The settings that are tried: alpha and rho. What only stands in for the true trigger is weighed more, so that a change
+# reaches beyond it.
+_ALPHAS, _REACHING = (1.0, 10.0), (0.1, 1.0)
+RHOS = (1e-3, 1e-2, 1e-1)
 
 
 @dataclass(frozen=True)
@@ -132,6 +137,11 @@ def _top_directions(change: Array, right: Array, count: int) -> Array:
 
 def _project(change: Array, top: Array) -> Array:
     return change @ top @ top.T
+
+
+def alphas(properties: Sequence[Property]) -> tuple[float, ...]:
+    """Return the weights of staying put on clean samples that are tried."""
+    return _REACHING if any(item.stand_in for item in properties) else _ALPHAS
 
 
 def memory_needed(layer: Layer) -> int:

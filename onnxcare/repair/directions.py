@@ -29,9 +29,6 @@ Array = np.ndarray
 
 _SCAN_SAMPLES = 150
 _REFINED_LAYERS = 2
-# What only stands in for the true trigger is weighed more, so that a change reaches beyond it.
-_ALPHAS, _REACHING = (1.0, 10.0), (0.1, 1.0)
-_RHOS = (1e-3, 1e-2, 1e-1)
 _RANKS = (1, 2, 4, None)
 # Shares of a layer's rows that a small change touches.
 _ROWS = (0.02, 0.05, 0.2)
@@ -143,7 +140,6 @@ def _refine(case: Case, layer: Layer) -> list[_Change]:
     """Solve every setting on all repair samples and measure each on the validation part."""
     regression = closed_form.accumulate(case.experiment, layer, case.splits.repair, case.panel("repair"))
     bench, validation = Bench(case, layer), case.panel("validation")
-    reaching = any(item.stand_in for item in case.properties)
     some = _some_rows(case, layer)
     found: list[_Change] = []
 
@@ -152,11 +148,11 @@ def _refine(case: Case, layer: Layer) -> list[_Change]:
         again = solve if change.nbytes > _SOLVED_AGAIN else partial(np.asarray, change)
         found.append(_Change(layer, again, Candidate(f"{layer.name}: {label}", outcome)))
 
-    for alpha, rho in product(_REACHING if reaching else _ALPHAS, _RHOS):
+    for alpha, rho in product(closed_form.alphas(case.properties), closed_form.RHOS):
         for rank, change in zip(_RANKS, regression.solve(alpha, rho, _RANKS), strict=True):
             again = partial(_only, regression.solve, alpha, rho, rank)
             measure(f"alpha {alpha:g}, rho {rho:g}, rank {rank or 'full'}", change, again)
-        if rho == _RHOS[-1]:
+        if rho == closed_form.RHOS[-1]:
             for rows, change in zip(some, regression.solve_some(alpha, rho, some), strict=True):
                 again = partial(_only, regression.solve_some, alpha, rho, rows)
                 measure(f"alpha {alpha:g}, rho {rho:g}, {rows} of {layer.matrix_shape[1]} rows", change, again)

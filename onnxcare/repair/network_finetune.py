@@ -13,20 +13,22 @@ Fine-Pruning (RAID 2018), and in BackdoorBench (`ft`; NeurIPS 2022). Evidence on
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
 
 from onnxcare.adam import Adam
-from onnxcare.backward import Network
+from onnxcare.backward import Network, tunable
 from onnxcare.case import Case
 from onnxcare.data import Inputs
 from onnxcare.errors import ModelError
+from onnxcare.graph.anatomy import Anatomy
 from onnxcare.graph.gradients import NoGradient
 from onnxcare.graph.layers import Layer
 from onnxcare.graph.parameters import Parameter
+from onnxcare.graph.paths import reads
 from onnxcare.panel import Panel
 from onnxcare.properties.base import log_softmax
 from onnxcare.repair.base import Candidate, Found, Proposals, Repair, Values
@@ -67,8 +69,7 @@ class Tuned:
 
 def applies(case: Case) -> bool:
     """Return whether there is evidence whose loss can be followed, and more than one layer to change."""
-    layers = case.experiment.open_layers
-    return len(layers) > 1 and any(len(item.evidence("repair").bad) for item in case.properties)
+    return len(tunable(case.experiment)) > 1 and any(len(item.evidence("repair").bad) for item in case.properties)
 
 
 def propose(case: Case) -> Proposals:
@@ -109,7 +110,7 @@ def tune(case: Case, start: Values | None = None, width: float = _WIDTHS[0], ste
     seen, other = network.cache(fit.inputs), network.cache(unseen.inputs)
     held = _protected(case, network.layers)
     values = {parameter: begun.read(parameter).astype(np.float64) for parameter in network.parameters}
-    descents = {parameter: Adam(width * size) for parameter, size in _sizes(network.layers, values).items()}
+    descents = {parameter: Adam(width * size) for parameter, size in _sizes(network.groups, values).items()}
     best = Tuned(start, _rank(network, unseen, other, values), 0)
     stale, batches = 0, -(-len(fit.inputs[next(iter(fit.inputs))]) // _BATCH)
     for step in range(1, steps + 1):
@@ -130,14 +131,9 @@ def _rank(network: Network, panel: Panel, at: Inputs, values: Values) -> tuple[f
     return panel.outcomes(network.scores(values, at)[None])[0].rank
 
 
-def _sizes(layers: list[Layer], values: Values) -> dict[Parameter, float]:
+def _sizes(groups: Sequence[Sequence[Parameter]], values: Values) -> dict[Parameter, float]:
     """Return the root mean square of every tensor; a bias of zeros counts as large as the weights beside it."""
-    found = {}
-    for layer in layers:
-        found[layer.weight] = _size(values[layer.weight])
-        if layer.bias is not None:
-            found[layer.bias] = _size(values[layer.bias]) or found[layer.weight]
-    return found
+    return {parameter: _size(values[parameter]) or _size(values[group[0]]) for group in groups for parameter in group}
 
 
 def _size(values: Array) -> float:
@@ -241,6 +237,34 @@ def _cross_entropy_slope(labels: Array, scores: Array) -> Array:
     slope = np.exp(log_softmax(scores))
     slope[np.arange(len(labels)), labels] -= 1
     return slope / len(labels)
+
+
+def hindrance(anatomy: Anatomy, layer: Layer) -> str | None:
+    """Say why a layer is not tuned; None if it is, as far as operators tell."""
+    if layer.refusal is not None and not layer.tied:
+        return layer.refusal
+    if layer.name in anatomy.once(__name__, lambda: _reached(anatomy)):
+        return None
+    other = next(reason for reason in anatomy.obstacles.values() if reason)
+    return anatomy.obstacles[layer.name] or f"gradients do not reach back to it beside another branch: {other}"
+
+
+def _reached(anatomy: Anatomy) -> frozenset[str]:
+    """Return the names of the layers in as large a part of the network as has a derivative, see `_network`."""
+    layers = anatomy.tunable_layers
+    for start in dict.fromkeys([None, *(layer.input for layer in layers)]):
+        part = [layer.name for layer in layers if start is None or layer.output in _behind(anatomy, start)]
+        if part and not any(anatomy.obstacles[name] for name in part):
+            return frozenset(part)
+    return frozenset()
+
+
+def _behind(anatomy: Anatomy, tensor: str) -> set[str]:
+    found = {tensor}
+    for node in anatomy.view.nodes:
+        if reads(node) & found:
+            found.update(node.output)
+    return found
 
 
 # -- both -----------------------------------------------------------------------------------------

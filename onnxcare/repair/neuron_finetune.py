@@ -22,6 +22,7 @@ import numpy as np
 from onnxcare import cmaes
 from onnxcare.case import Case
 from onnxcare.errors import ModelError
+from onnxcare.graph.anatomy import Anatomy
 from onnxcare.graph.gradients import NoGradient
 from onnxcare.graph.layers import Layer
 from onnxcare.locators import DEFAULT_OF_WEIGHTS
@@ -71,6 +72,11 @@ def repair(case: Case, locators: Sequence[str] = DEFAULT_OF_WEIGHTS) -> Repair:
     offered = propose(case, locators)
     notes: list[str] = offered.details["notes"]
     return best_of("ai-lancet-finetune", case, offered.found, offered.details, notes)
+
+
+def hindrance(anatomy: Anatomy, layer: Layer) -> str | None:
+    """Say why the weights of a layer cannot be tuned; None if they can, by CMA-ES where they have no derivative."""
+    return layer.refusal
 
 
 def applies(case: Case) -> bool:

@@ -131,6 +131,20 @@ def test_reshapes_with_the_batch_in_their_target(nodes: str, weights: dict[str, 
     assert_cuts(Subject(proto, "x", (6,), "y"), tmp_path)
 
 
+def test_shapes_declared_in_branches_hold_the_batch_as_well(tmp_path: Path) -> None:
+    nodes = """f = If (c) <
+        then_branch = then () => (float[1, 8] t) { t = Relu (h) },
+        else_branch = else () => (float[1, 8] e) <float[1, 8] d> {
+            e = If (c) <
+                then_branch = deep () => (float[1, 8] i) { i = Relu (h) },
+                else_branch = deeper () => (float[1, 8] j) { d = Tanh (h) j = Neg (d) }
+            >
+        }
+    >"""
+    proto = build(FIXED.format(nodes=nodes), {"W1": W1, "V": random(8, 4), "c": np.bool_(False)})
+    assert_cuts(Subject(proto, "x", (6,), "y"), tmp_path)
+
+
 @pytest.mark.parametrize(
     ("nodes", "weights"),
     [

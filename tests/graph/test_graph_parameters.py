@@ -161,6 +161,15 @@ def test_names_and_notes_of_a_patched_tensor_stay(tmp_path: Path) -> None:
     assert after.raw_data == weight.tobytes()
 
 
+def test_a_single_number_is_patched(tmp_path: Path) -> None:
+    # All values of a PReLU and the like may be one, without an axis.
+    model = save(build("g (float[N] x) => (float[N] y) { y = Mul (x, s) }", {"s": np.float32(2)}), tmp_path)
+    parameter = find_parameters(GraphView(model.proto))["s"]
+    assert parameter.shape == ()
+    data = Patch({parameter: np.array(3, np.float32)}).apply(model)
+    np.testing.assert_array_equal(run(data, {"x": B})[0], 3 * B)
+
+
 def test_initializers_listed_as_inputs_are_no_inputs(tmp_path: Path) -> None:
     for index, ir_version in enumerate((3, 8)):
         model = save(overridable(ir_version), tmp_path, f"{index}.onnx")

@@ -47,7 +47,7 @@ def file_scores(folder: Path, values, inputs) -> np.ndarray:
 def test_changes_of_a_large_layer_are_solved_for_again(monkeypatch):
     case = sample_case()
     layer = next(layer for layer in case.experiment.layers if layer.name == "/dense2/Gemm")
-    monkeypatch.setattr(directions, "_ALPHAS", (1.0,))
+    monkeypatch.setattr(directions.closed_form, "_ALPHAS", (1.0,))
     kept = directions._refine(case, layer)
     monkeypatch.setattr(directions, "_SOLVED_AGAIN", 0)
     again = directions._refine(case, layer)
