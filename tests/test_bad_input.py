@@ -145,7 +145,7 @@ MODELS = [
     *[bad(f"cut at {share}", cut(share), "truncated") for share in (0.05, 0.3, 0.6, 0.9, 0.999)],
     bad("IR 14", edited(lambda proto: setattr(proto, "ir_version", 14)), "IR version 14", "at most"),
     bad("opset 28", opset(28), "opset 28", "at most"),
-    bad("opset 7", opset(7), "opset 7", "8 or newer"),
+    bad("opset 6", opset(6), "cannot load", "Gemm"),
     bad("unknown operator", edited(foreign_operator), "Squash", "com.acme"),
     bad("unknown input", edited(lambda proto: proto.graph.node.pop(0)), "'first'"),
     bad("operator that is no text", holding(dense().SerializeToString().replace(b"Relu", b"Re\xffu")), "cannot load"),

@@ -193,9 +193,7 @@ class Builder:
             self._held(self.name("unused"), np.zeros((2, 3), np.float32), "plain")
         ir_version = self.pick([8, 10, 9, 7, 6, 5, 4, 3])
         # Functions came with version 8, and before version 4 every initializer was an input, which branches have none of.
-        ir_version = max(
-            ir_version, 8 if self.functions else 4 if any(node.op_type == "If" for node in self.nodes) else 3
-        )
+        ir_version = max(ir_version, 8 if self.functions else 4 if any(node.op_type == "If" for node in self.nodes) else 3)
         if ir_version == 3 or self.chance(8):
             inputs += [helper.make_tensor_value_info(t.name, t.data_type, t.dims) for t in self._initializers]
         graph = helper.make_graph(

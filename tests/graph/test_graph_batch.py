@@ -231,9 +231,15 @@ def test_few_probe_rows_are_enough(rows: int, tmp_path: Path) -> None:
 
 
 def test_an_old_operator_set_is_refused(tmp_path: Path) -> None:
-    subject = dense_subject("y = MatMul (x, W3)", {"W3": W3}, opset=7)
-    with pytest.raises(ModelError, match="opset 7; experiments need opset 8"):
+    subject = dense_subject("y = MatMul (x, W3)", {"W3": W3}, opset=6)
+    with pytest.raises(ModelError, match="opset 6; experiments need opset 7"):
         operate(subject, tmp_path)
+
+
+def test_the_first_operator_set_that_broadcasts_will_do(tmp_path: Path) -> None:
+    nodes = "a = Gemm (x, W1, b) h = Relu (a) q = Gemm (h, V, d) s = Relu (x) t = Gemm (s, U, d) y = Sum (q, t)"
+    weights = {"W1": W1, "b": random(8), "V": random(8, 4), "d": random(4), "U": random(6, 4)}
+    assert_cuts(dense_subject(nodes, weights, opset=7), tmp_path)
 
 
 def test_external_data_is_taken_inside(tmp_path: Path) -> None:
