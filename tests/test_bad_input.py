@@ -145,7 +145,7 @@ MODELS = [
     *[bad(f"cut at {share}", cut(share), "truncated") for share in (0.05, 0.3, 0.6, 0.9, 0.999)],
     bad("IR 14", edited(lambda proto: setattr(proto, "ir_version", 14)), "IR version 14", "at most"),
     bad("opset 28", opset(28), "opset 28", "at most"),
-    bad("opset 7", opset(7), "opset 7", "8 or newer"),
+    bad("opset 6", opset(6), "cannot load", "Gemm"),
     bad("unknown operator", edited(foreign_operator), "Squash", "com.acme"),
     bad("unknown input", edited(lambda proto: proto.graph.node.pop(0)), "'first'"),
     bad("operator that is no text", holding(dense().SerializeToString().replace(b"Relu", b"Re\xffu")), "cannot load"),
@@ -624,13 +624,14 @@ def test_an_input_without_an_axis_for_the_samples(tiny: Paths) -> None:
     tiny.edit_model(scaled)
     for path in (tiny.data, tiny.holdout):
         tiny.edit(path, factor=np.float32(1))
-    refuses(tiny, lambda paths: None, 3, tiny.model, "'factor'", "initializer")
+    refuses(tiny, lambda paths: None, 3, tiny.model, "'factor'", "sample_axes: {factor: null}")
 
 
-def test_an_initializer_makes_up_for_such_an_input(tiny: Paths) -> None:
-    tiny.edit_model(scaled)
-    tiny.edit_model(lambda proto: proto.graph.initializer.append(numpy_helper.from_array(np.float32(1), "factor")))
-    assert fix(tiny).exit_code == 0
+@pytest.mark.parametrize(
+    ("axes", "words"), [("{state: 1}", ["sample_axes.state", "no such input"]), ("{input: 2}", ["axis 2", "8]"])]
+)
+def test_axes_that_are_not_there(tiny: Paths, axes: str, words: list[str]) -> None:
+    refuses(tiny, line("seed: 1", f"seed: 1\nsample_axes: {axes}"), 2, tiny.spec, *words)
 
 
 def test_an_input_of_unknown_rank(tiny: Paths) -> None:

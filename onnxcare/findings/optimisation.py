@@ -20,6 +20,7 @@ from pathlib import Path
 import numpy as np
 import onnx
 
+from onnxcare.axes import Axes
 from onnxcare.data import Inputs
 from onnxcare.errors import ModelError, nearest
 from onnxcare.findings.base import StaticFinding, counted, limited, quoted
@@ -40,7 +41,13 @@ _ADVICE = "Deploy with the setting under which it was tested, or with another ve
 
 
 def optimisation_findings(
-    path: Path, inputs: Inputs, output: str | None, device: Device, *, decide: Decide | None = None
+    path: Path,
+    inputs: Inputs,
+    output: str | None,
+    device: Device,
+    *,
+    decide: Decide | None = None,
+    axes: Axes | None = None,
 ) -> list[StaticFinding]:
     """Run a model with and without onnxruntime's optimisations and report answers that differ beyond rounding.
 
@@ -51,17 +58,18 @@ def optimisation_findings(
         device: `cpu` or `cuda`.
         decide: reads the decisions, one per sample, out of an output with floats; by default the highest of several
             columns decides. Every other kind of values is a decision as it is.
+        axes: where the model has the samples of inputs that do not have them on axis 0.
 
     Raises:
         ModelError: the model has no such output, or cannot be run without optimisations.
     """
-    plain = Session(path, device, optimise=False)
+    plain = Session(path, device, optimise=False, axes=axes)
     names = _comparable(plain, output)
     if not names:
         return []
     expected = plain.run_rows(inputs, names)
     try:
-        found = Session(path, device).run_rows(inputs, names)
+        found = Session(path, device, axes=axes).run_rows(inputs, names)
     except ModelError as error:
         message = f"The model runs without onnxruntime's optimisations, but not with them: {error}"
         return [StaticFinding(RULE, "error", "", message)]
