@@ -11,10 +11,10 @@ from onnxcare.data import Inputs
 from onnxcare.errors import ModelError
 from onnxcare.experiment import Experiment
 from onnxcare.graph import surgery
+from onnxcare.graph.anatomy import Anatomy
 from onnxcare.graph.gradients import Gradients, NoGradient, WeightGradients
 from onnxcare.graph.parameters import Parameter
 from onnxcare.graph.sites import Site
-from onnxcare.graph.weights import find_weights
 from onnxcare.runtime import Session
 from onnxcare.suffix import Activations
 
@@ -159,19 +159,9 @@ class Network:
 
 
 def tunable(experiment: Experiment) -> list[tuple[Parameter, ...]]:
-    """Return the weights that a gradient may move, those of a node together and the largest first.
-
-    Beside the layers' these are those that several nodes share, which move for all of them together, and those of other
-    operators.
-    """
-    free = [layer for layer in experiment.layers if layer.refusal is None or layer.tied]
-    groups: dict[Parameter, tuple[Parameter, ...]] = {}
-    for layer in free:
-        bias = () if layer.bias is None else (layer.bias,)
-        groups.setdefault(layer.weight, (layer.weight, *bias))
-    known = {p.name for layer in experiment.layers for p in (layer.weight, layer.bias) if p is not None}
+    """Return the weights that a gradient may move, those of a node together and the largest first."""
     form = experiment.form
-    return [*groups.values(), *(item.parameters for item in find_weights(form.view, form.parameters, known))]
+    return Anatomy(form.view, form.parameters, experiment.layers, experiment.sites).groups
 
 
 def input_gradients(experiment: Experiment) -> Gradients:

@@ -14,6 +14,7 @@ from onnxcare.graph.model import Model
 from onnxcare.graph.parameters import Parameter
 from onnxcare.graph.sites import Site
 from onnxcare.graph.view import GraphView
+from onnxcare.graph.weights import Weights, find_weights
 from onnxcare.graph.working import working_form
 
 _Fact = TypeVar("_Fact")
@@ -48,19 +49,32 @@ class Anatomy:
         return [layer for layer in self.layers if layer.refusal is None]
 
     @cached_property
-    def tunable_layers(self) -> list[Layer]:
-        """The layers whose weights may change, if only together with those of others, in graph order."""
-        return [layer for layer in self.layers if layer.refusal is None or layer.tied]
+    def weights(self) -> list[Weights]:
+        """The weights of nodes that are no layers, in graph order."""
+        known = {item.name for layer in self.layers for item in (layer.weight, layer.bias) if item is not None}
+        return find_weights(self.view, self.parameters, known)
+
+    @cached_property
+    def groups(self) -> list[tuple[Parameter, ...]]:
+        """The weights that a gradient may move, those of a node together and the largest first.
+
+        Beside the layers' these are those that several nodes share, which move for all of them together, and those of
+        other operators.
+        """
+        found: dict[Parameter, tuple[Parameter, ...]] = {}
+        for layer in self.layers:
+            if layer.refusal is None or layer.tied:
+                bias = () if layer.bias is None else (layer.bias,)
+                found.setdefault(layer.weight, (layer.weight, *bias))
+        return [*found.values(), *(item.parameters for item in self.weights)]
 
     @cached_property
     def obstacles(self) -> Mapping[str, str | None]:
-        """What stands between each tunable layer and a derivative of the outputs by its weights, by its name."""
+        """What stands between each of these weights and a derivative of the outputs by it, by its name."""
         paths, outputs = gradients.smooth_paths(inferred(self.view.proto)), self.view.outputs
         clear = paths.clear(outputs)
-        return {
-            layer.name: None if layer.output in clear else paths.obstacle(layer.output, outputs)
-            for layer in self.tunable_layers
-        }
+        names = (item.name for group in self.groups for item in group)
+        return {name: None if name in clear else paths.obstacle(name, outputs) for name in names}
 
 
 def anatomy_of(model: Model) -> Anatomy:

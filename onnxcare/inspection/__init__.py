@@ -202,7 +202,7 @@ def _refused(reader: Reader, anatomy: Anatomy) -> dict[str, str | None]:
     elif operator_name(reader.node) in _LINEAR:
         reason = "it is no product of what it reads with one constant matrix"
     else:
-        reason = f"no method changes the numbers of {operator_name(reader.node)}"
+        reason = f"a node of {operator_name(reader.node)} is no layer"
     beside = () if reader.inside else repair.changing_beside_layers(anatomy, list(reader.node.output))
     return {method: None if method in beside else reason for method in repair.METHODS}
 

@@ -83,6 +83,11 @@ def hindrance(anatomy: Anatomy, layer: Layer) -> str | None:
     return network_finetune.hindrance(anatomy, layer) if layer.tied else layer.refusal
 
 
+def beside_layers(anatomy: Anatomy) -> list[str | None]:
+    """Return what nodes write that some strategy changes beside layers."""
+    return network_finetune.beside_layers(anatomy)
+
+
 def _worth_it(found: Outcome, before: Outcome, further: bool) -> bool:
     """Return whether a change gains enough: what a further round gains on the same few samples may be luck."""
     return not further or found.kept or found.cost <= _WORTH * before.cost

@@ -13,11 +13,13 @@ Fine-Pruning (RAID 2018), and in BackdoorBench (`ft`; NeurIPS 2022). Evidence on
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
+import onnx
 
 from onnxcare.adam import Adam
 from onnxcare.backward import Network, tunable
@@ -243,27 +245,40 @@ def hindrance(anatomy: Anatomy, layer: Layer) -> str | None:
     """Say why a layer is not tuned; None if it is, as far as operators tell."""
     if layer.refusal is not None and not layer.tied:
         return layer.refusal
-    if layer.name in anatomy.once(__name__, lambda: _reached(anatomy)):
+    name = layer.weight.name
+    if name in anatomy.once(__name__, lambda: _reached(anatomy)):
         return None
-    other = next(reason for reason in anatomy.obstacles.values() if reason)
-    return anatomy.obstacles[layer.name] or f"gradients do not reach back to it beside another branch: {other}"
+    others = [reason for reason in anatomy.obstacles.values() if reason]
+    beside = f"gradients do not reach back to it beside another branch: {others[0]}" if others else layer.refusal
+    return anatomy.obstacles[name] or beside
+
+
+def beside_layers(anatomy: Anatomy) -> list[str | None]:
+    """Return what nodes write that are tuned beside layers."""
+    reached = anatomy.once(__name__, lambda: _reached(anatomy))
+    tuned = {item.name for item in anatomy.weights if any(held.name in reached for held in item.parameters)}
+    return [node.output[0] for index, node in enumerate(anatomy.view.nodes) if anatomy.view.label(index) in tuned]
 
 
 def _reached(anatomy: Anatomy) -> frozenset[str]:
-    """Return the names of the layers in as large a part of the network as has a derivative, see `_network`."""
-    layers = anatomy.tunable_layers
-    for start in dict.fromkeys([None, *(layer.input for layer in layers)]):
-        part = [layer.name for layer in layers if start is None or layer.output in _behind(anatomy, start)]
+    """Return the weights in as large a part of the network as has a derivative, see `_network`."""
+    for start in dict.fromkeys([None, *(layer.input for layer in anatomy.open_layers)]):
+        nodes = anatomy.view.nodes if start is None else _behind(anatomy, start)
+        counts = Counter(name for node in nodes for name in node.input)
+        whole = (group for group in anatomy.groups if all(counts[item.name] == len(item.users) for item in group))
+        part = {item.name for group in whole for item in group}
         if part and not any(anatomy.obstacles[name] for name in part):
             return frozenset(part)
     return frozenset()
 
 
-def _behind(anatomy: Anatomy, tensor: str) -> set[str]:
-    found = {tensor}
+def _behind(anatomy: Anatomy, tensor: str) -> list[onnx.NodeProto]:
+    """Return the nodes that depend on a tensor."""
+    found, behind = [], {tensor}
     for node in anatomy.view.nodes:
-        if reads(node) & found:
-            found.update(node.output)
+        if reads(node) & behind:
+            found.append(node)
+            behind.update(node.output)
     return found
 
 

@@ -226,7 +226,9 @@ class _Picture:
         return [(kind, text) for kind, text in _LEGEND.items() if kind in kinds]
 
     def _notes(self) -> list[str]:
-        boxes, found = self._boxes, []
+        boxes, found = self._boxes, list[str]()
+        if self._inspection.file.functions or self._inspection.file.quantised:
+            found.append("Functions are drawn as what is in them, quantised operators as what they compute.")
         if boxes.folded:
             nodes = sum(len(group.nodes) for group in boxes.folded)
             found.append(f"{nodes:,} nodes are folded into {len(boxes.folded):,} boxes.")

@@ -66,11 +66,30 @@ def tied() -> Subject:
     return Subject(proto, "x", (8,), "scores", np.float32)
 
 
+def recurrent(step: str) -> Subject:
+    """Return embedded steps through an LSTM, with a step of its own between a normalisation and the last layer."""
+    proto = build(
+        f"""recurrent (float[N, 6] x) => (float[N, 4] scores) {{
+            [spread] s = Unsqueeze (x, axis)
+            [lstm] y, h, c = LSTM <hidden_size = 5> (s, W, R, B)
+            [last] l = Squeeze (h, axis)
+            [norm] n = LayerNormalization (l, g, t)
+            [step] q = {step} (n)
+            [dense] scores = Gemm (q, V, b)
+        }}""",
+        {"axis": np.array([0]), "W": random(1, 20, 6), "R": random(1, 20, 5), "B": random(1, 40)}
+        | {"g": random(5), "t": random(5), "V": random(5, 4), "b": random(4)},
+    )
+    return Subject(proto, "x", (6,), "scores", np.float32)
+
+
 CASES = {
     **{name: SUBJECTS[name] for name in ("mlp", "cnn", "residual", "keras")},
     "no derivative on the left": lambda: branches("Sign", "Tanh"),
     "no derivative on either side": lambda: branches("Ceil", "Floor"),
     "tied": tied,
+    "recurrent": lambda: recurrent("Tanh"),
+    "recurrent, no derivative": lambda: recurrent("Sign"),
 }
 
 
@@ -89,8 +108,12 @@ def able(method: str, anatomy: Anatomy) -> set[str]:
     return {layer.name for layer in anatomy.layers if repair.hindrances(anatomy, layer)[method] is None}
 
 
-def test_fine_tuning_reaches_the_layers_that_it_says(case: Case, anatomy: Anatomy) -> None:
-    assert able("fine-tuning", anatomy) == {layer.name for layer in network_finetune._network(case).layers}
+def test_fine_tuning_reaches_the_weights_that_it_says(case: Case, anatomy: Anatomy) -> None:
+    tuned = {parameter.name for parameter in network_finetune._network(case).parameters}
+    assert able("fine-tuning", anatomy) == {layer.name for layer in anatomy.layers if layer.weight.name in tuned}
+    others = {item.name for item in anatomy.weights if {held.name for held in item.parameters} & tuned}
+    beside = {anatomy.view.label(anatomy.view.producer[name]) for name in network_finetune.beside_layers(anatomy)}
+    assert beside == others
 
 
 def test_multipliers_are_folded_into_the_layers_that_it_says(case: Case, anatomy: Anatomy) -> None:
@@ -109,19 +132,24 @@ def test_channels_are_pruned_where_it_says(case: Case, anatomy: Anatomy) -> None
     assert able("clp", anatomy) == {layer.name for layer in layers}
     for layer in anatomy.layers:
         assert skipped.get(layer.name) in (None, repair.hindrances(anatomy, layer)["clp"])
+    tuned = set(network_finetune.beside_layers(anatomy))
     for method, module in (("clp", clp), ("fine-pruning", fine_pruning)):
         pruned = layers if method == "clp" else layers[-1:]
         values = pruning.pruned(case, {layer: np.arange(layer.outputs) for layer in pruned})
         own = {item.name for layer in pruned for item in (layer.weight, layer.bias) if item is not None}
         users = {user for parameter in values if parameter.name not in own for user in parameter.users}
         view = anatomy.view
-        beside = {view.label(view.producer[name]) for name in module.beside_layers(anatomy) if name}
+        written = set(module.beside_layers(anatomy)) - (tuned if method == "fine-pruning" else set())
+        beside = {view.label(view.producer[name]) for name in written if name}
         assert beside == users
 
 
 def test_what_changes_whole_layers_changes_all_that_are_open(case: Case, anatomy: Anatomy) -> None:
-    for method in ("auto", "ai-lancet-flip", "ai-lancet-finetune"):
-        assert able(method, anatomy) == {layer.name for layer in case.experiment.open_layers}
+    whole = {layer.name for layer in case.experiment.open_layers}
+    for method in ("ai-lancet-flip", "ai-lancet-finetune"):
+        assert able(method, anatomy) == whole
+    # Weights that layers share move together, by gradient.
+    assert able("auto", anatomy) == whole | able("fine-tuning", anatomy)
 
 
 def test_reasons_name_what_is_in_the_way(anatomy: Anatomy) -> None:

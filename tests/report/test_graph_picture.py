@@ -170,6 +170,19 @@ def test_a_branch_is_one_box_that_tells_what_is_inside(tmp_path: Path) -> None:
     assert lines(drawing(special(), tmp_path).box("branch")) == ["If", "branch", "1 + 3 nodes inside"]
 
 
+def test_functions_and_quantised_operators_are_drawn_as_what_they_compute(tmp_path: Path) -> None:
+    proto = onnx.parser.parse_model(
+        """<ir_version: 8, opset_import: ["": 17, "my": 1]>
+        called (float[N, 2] x) => (float[N, 2] y) { [call] y = my.Twice (x) }
+        <domain: "my", opset_import: ["": 17]>
+        Twice (X) => (Y) { H = Relu (X) Y = Tanh (H) }"""
+    )
+    found = drawing(proto, tmp_path)
+    assert [lines(box)[0] for box in found.boxes] == ["x", "Relu", "Tanh", "y"]
+    note = "Functions are drawn as what is in them, quantised operators as what they compute."
+    assert note in found.texts and note not in drawing(special(), tmp_path).texts
+
+
 def test_shapes_and_values_of_other_constants_stand_in_the_box(tmp_path: Path) -> None:
     proto = build(
         """flat (float[N, 2, 3] x, int64 n) => (float[N, 6] y, float[N, 2, 3] z) {
