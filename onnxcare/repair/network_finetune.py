@@ -70,8 +70,10 @@ class Tuned:
 
 
 def applies(case: Case) -> bool:
-    """Return whether there is evidence whose loss can be followed, and more than one layer to change."""
-    return len(tunable(case.experiment)) > 1 and any(len(item.evidence("repair").bad) for item in case.properties)
+    """Return whether there is evidence whose loss can be followed, and more to change than one layer."""
+    groups = tunable(case.experiment)
+    more = len(groups) > 1 or (len(groups) == 1 and not case.experiment.open_layers)
+    return more and any(len(item.evidence("repair").bad) for item in case.properties)
 
 
 def propose(case: Case) -> Proposals:
