@@ -17,7 +17,6 @@ import benchmarks.third_party
 from benchmarks.speed.machine import cores
 from benchmarks.third_party import operators, report
 from benchmarks.third_party.catalogue import SUBJECTS, Subject
-from benchmarks.third_party.compare import TOLERANCE
 from benchmarks.third_party.packages import PACKAGES
 
 ROOT = Path(__file__).parents[2]
@@ -102,8 +101,8 @@ def main() -> int:
 
 def _wrong(step: dict[str, Any]) -> bool:
     facts = step["facts"]
-    copied = facts["difference"] if step["name"] == "copy" and facts else 0.0
-    return bool(facts.get("differing")) or copied > TOLERANCE or step["outcome"] == "defect"
+    differs = step["name"] == "copy" and bool(facts) and not report.same(facts["difference"])
+    return differs or bool(facts.get("differing")) or step["outcome"] == "defect"
 
 
 def header() -> dict[str, Any]:

@@ -71,9 +71,14 @@ def _ended(step: Found, reasons: Reasons) -> tuple[str]:
     return (f"{step['outcome']}{reasons.mark(step['reason'])}",)
 
 
+def same(difference: float | None) -> bool:
+    """Return whether answers are the same; JSON has nothing for infinity."""
+    return difference is not None and difference <= TOLERANCE
+
+
 def _copied(step: Found, reasons: Reasons) -> str:
     difference = step["facts"]["difference"]
-    return f"{'same' if difference <= TOLERANCE else 'DIFFERENT'} {difference:.0e}"
+    return f"same {difference:.0e}" if same(difference) else "DIFFERENT"
 
 
 def _forced(step: Found, reasons: Reasons) -> str:
