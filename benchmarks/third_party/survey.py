@@ -128,16 +128,18 @@ class Bench:
         found = onnxcare.inspect(self.path)
         self._hand = ByHand(self.path, self.subject.axes)
         self._answers = dict(zip(self._hand.outputs, self._hand.answers(self._feeds), strict=True))
+        refusals = [item.methods["auto"] for item in found.layers if item.layer]
+        outside = [item for item in found.layers if not item.layer]
         return {
             "nodes": found.nodes,
-            "parameters": found.parameters,
-            "layers": len(found.layers),
-            "open_layers": sum(layer.refusal is None for layer in found.layers),
-            "layer_refusals": counted(layer.refusal for layer in found.layers),
-            "outside": counted(item.operator for item in found.outside),
-            "outside_refusals": [f"{item.name} ({item.operator}): {item.refusal}" for item in found.outside[:1]],
+            "numbers": found.numbers,
+            "layers": len(refusals),
+            "open_layers": refusals.count(None),
+            "layer_refusals": counted(refusals),
+            "outside": counted(item.operator for item in outside),
+            "outside_refusals": [f"{item.name} ({item.operator}): {item.methods['auto']}" for item in outside[:1]],
             "sites": len(found.sites),
-            "folding_sites": sum(site.refusal is None for site in found.sites),
+            "obstacle": found.obstacle,
             "outputs": {name: list(value.shape) for name, value in self._answers.items()},
             "single": self._hand.single,
         }

@@ -115,7 +115,7 @@ def answers(monkeypatch: pytest.MonkeyPatch) -> dict[bool, Any]:
         outputs = (("scores", "tensor(float)", ("N", 2)), ("map", "seq(map(int64,tensor(float)))", ()))
         name = "model"
 
-        def __init__(self, path: Path, device: str, *, optimise: bool = True) -> None:
+        def __init__(self, path: Path, device: str, *, optimise: bool = True, axes: object = None) -> None:
             self.optimise = optimise
 
         def run_rows(self, inputs: dict[str, Array], outputs: list[str]) -> list[Array]:
