@@ -287,7 +287,7 @@ def fix(
     entries = _provenance(setup, found)
     progress("judging the repaired file on held-out data")
     with staged(loaded, with_metadata(data, entries), target) as path:
-        verdict = _judge(case, setup.spec, original, _witness(case, load_model(path)))
+        verdict = _judge(case, setup.spec, original, _witness(case, load_model(path, loaded.axes)))
         status = _status(verdict, found)
         triggers = _save_triggers(case, target)
         written = None
@@ -340,7 +340,7 @@ def check(
     findings = static_findings(Path(model))
     if any(item.rule in _NOT_TO_BE_RUN for item in findings):
         return Check(None, str(model), str(spec), None, confidence, None, findings, time.monotonic() - started)
-    judged = None if baseline is None else comparable(model, baseline)[0]
+    judged = None if baseline is None else comparable(model, baseline, wanted.sample_axes)[0]
     # What counts as the original's errors and the like is the baseline's business, where there is one.
     setup = prepare(model if baseline is None else baseline, spec, seed, device, memory, progress)
     case = setup.case
@@ -356,6 +356,7 @@ def check(
         experiment.output,
         experiment.device,
         decide=lambda answers: decision.scores(answers).argmax(axis=-1),
+        axes=judged.axes,
     )
     progress("measuring on held-out data")
     before = None if baseline is None else _witness(case, setup.model)
@@ -374,7 +375,7 @@ def _check_answers(judged: Model, case: Case) -> None:
     experiment = case.experiment
     judged_output(judged, experiment.output, experiment.decision)
     few = case.splits.holdout.take(slice(0, _TRIED)).inputs
-    session = Session(judged.path, experiment.device)
+    session = Session(judged.path, experiment.device, axes=judged.axes)
     one, several = (session.run_rows(few, [experiment.output], rows_per_run=rows)[0] for rows in (1, _TRIED))
     classes = experiment.decision.of_output().scores(one).shape[-1]
     if classes != experiment.classes:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
+from onnxcare.axes import Axes
 from onnxcare.data import Dataset, check_labels, load_dataset
 from onnxcare.decision import Decision
 from onnxcare.errors import ModelError
@@ -126,13 +127,19 @@ def _changes(pairs: Sequence[tuple[Place, Place]], old: Model, new: Model) -> li
     return [change for change in found if change.changed]
 
 
-def comparable(model: str | Path, baseline: str | Path) -> tuple[Model, Model]:
+def comparable(model: str | Path, baseline: str | Path, axes: Axes | None = None) -> tuple[Model, Model]:
     """Return two models after checking that they take and give the same, so that one data set fits both.
+
+    Args:
+        model: the one file.
+        baseline: the other one.
+        axes: where samples lie in inputs that do not have them on axis 0.
 
     Raises:
         ModelError: they do not.
+        SpecError: there is no such input, or it has no such axis.
     """
-    judged, other = load_model(model), load_model(baseline)
+    judged, other = load_model(model, axes), load_model(baseline, axes)
     check_inputs(judged)
     for mine in judged.inputs:
         for yours in other.inputs:
@@ -205,7 +212,8 @@ def _largest(old: Model, new: Model, data: Dataset, device: Device) -> dict[str,
     if not names:
         return {}
     mine, yours = (
-        Session(model.path, device).run_rows(data.inputs, names, rows_per_run=_ROWS_PER_RUN) for model in (old, new)
+        Session(model.path, device, axes=model.axes).run_rows(data.inputs, names, rows_per_run=_ROWS_PER_RUN)
+        for model in (old, new)
     )
     found = {}
     for name, one, other in zip(names, mine, yours, strict=True):

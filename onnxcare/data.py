@@ -99,8 +99,13 @@ def load_dataset(path: Path, signatures: Sequence[Signature], labels: str | None
     inputs = {}
     for signature in signatures:
         key = _key_for(path, arrays, signature.name, alone=len(signatures) == 1)
-        check_fits(arrays[key], signature, f"{path}: {key}")
-        inputs[signature.name] = arrays[key]
+        values = _samples_first(arrays[key], signature, f"{path}: {key}")
+        check_fits(values, signature, f"{path}: {key}")
+        inputs[signature.name] = values
+    size = max((len(inputs[item.name]) for item in signatures if item.axis is not None), default=1)
+    for item in signatures:
+        if item.axis is None:
+            inputs[item.name] = np.repeat(inputs[item.name], size, axis=0)
     lengths = {name: len(values) for name, values in inputs.items()}
     size = next(iter(lengths.values()))
     if any(length != size for length in lengths.values()):
@@ -111,6 +116,16 @@ def load_dataset(path: Path, signatures: Sequence[Signature], labels: str | None
     if size == 0:
         raise DataError(f"{path}: holds no samples")
     return Dataset(inputs, None if labels is None else _labels(path, arrays.get(labels), labels, size))
+
+
+def _samples_first(values: Array, signature: Signature, what: str) -> Array:
+    """Return an input's values with samples on axis 0: one where the input holds no samples."""
+    axis = signature.axis
+    if axis is None:
+        return values[None]
+    if axis >= values.ndim:
+        raise DataError(f"{what} has shape {list(values.shape)}; the spec's sample_axes has the samples on axis {axis}")
+    return np.moveaxis(values, axis, 0)
 
 
 def _key_for(path: Path, arrays: Mapping[str, Array], name: str, alone: bool) -> str:

@@ -101,7 +101,11 @@ class Experiment:
         self.probe = _first(probe, 2)
         self._check_copy(probe)
         values = self.tensors([self.logits], _first(probe, _SCALED_BY))[0]
-        self.decision = replace(decision, final=final, column=values.ndim == 2).scaled(values)
+        decision = replace(decision, column=values.ndim > 1, ones=max(0, values.ndim - 2))
+        if final and decision.ones and not self._stands_for_output(replace(decision, final=final)):
+            self.logits, final = self.output, ""
+            values = self.tensors([self.logits], _first(probe, _SCALED_BY))[0]
+        self.decision = replace(decision, final=final).scaled(values)
         self.classes = self.decision.scores(values).shape[-1]
         self.layers, self.sites = self._usable(surgery.upstream(graph, self.logits))
 
@@ -174,7 +178,7 @@ class Experiment:
         sizes = [size for size in fixed if isinstance(size, int)]
         few = _first(probe, max(3, *(size + 1 for size in sizes)) if sizes else 3)
         # Fused integer arithmetic rounds in other places than what the file says.
-        session = Session(self.model.path, self.device, optimise=not self.form.quantised)
+        session = Session(self.model.path, self.device, optimise=not self.form.quantised, axes=self.model.axes)
         original = session.run_rows(few, [self.output], rows_per_run=1)[0]
         try:
             copied = self.tensors([self.output], few)[0]
@@ -200,6 +204,12 @@ class Experiment:
         if self.form.tolerance == EXACT:
             return 1.0
         return max(1e-3, float(np.max(np.abs(answers), where=np.isfinite(answers), initial=0)))
+
+    def _stands_for_output(self, decision: Decision) -> bool:
+        """Return whether the output follows from the logits: a Softmax may run along an axis without classes."""
+        logits, output = self.tensors([self.logits, self.output], self.probe)
+        found, wanted = decision.outputs(decision.scores(logits)), output.reshape(output.shape[:2])
+        return np.allclose(found, wanted, rtol=self.form.tolerance, atol=self.form.tolerance)
 
     def _usable(self, reached: set[str]) -> tuple[list[Layer], list[Site]]:
         """Return the layers, those that cannot be experimented on refused, and the sites that can be cut at."""
@@ -494,9 +504,11 @@ _THRESHOLD = Decision("threshold")
 def _fits(output: Signature, decision: Decision) -> bool:
     if output.dtype is None or not np.issubdtype(output.dtype, np.floating):
         return False
+    # Behind the classes there may be axes of length one: maps that were pooled to a point.
+    ones = all(length == 1 for length in output.shape[2:])
     if decision.rule == "threshold":
-        return len(output.shape) == 1 or (len(output.shape) == 2 and output.shape[-1] == 1)
-    return len(output.shape) == 2 and output.shape[-1] != 1
+        return len(output.shape) == 1 or (len(output.shape) > 1 and output.shape[1] == 1 and ones)
+    return len(output.shape) > 1 and output.shape[1] != 1 and ones
 
 
 def _listed(model: Model) -> str:

@@ -92,7 +92,7 @@ def diff(
     progress("comparing the files")
     if data is None and spec is None:
         return compare_files(load_model(model), load_model(other))
-    new, old = comparable(other, model)
+    new, old = comparable(other, model, None if wanted is None else wanted.sample_axes)
     found = compare_files(old, new)
     if data is not None:
         progress(f"comparing answers on {data}")

@@ -69,9 +69,9 @@ def prepare(
         raise UsageError(f"device {device}: unknown; known: auto, cpu, cuda")
     chosen = resolve_device(device)
     progress(f"loading {model}")
-    loaded = load_model(model)
-    check_inputs(loaded)
     try:
+        loaded = load_model(model, wanted.sample_axes)
+        check_inputs(loaded)
         _check_kinds(wanted, loaded)
         data = _data(wanted, loaded, seed)
         experiment = Experiment(loaded, chosen, bound, data.inputs, wanted.output, decision_of(wanted))
@@ -114,8 +114,8 @@ def check_inputs(model: Model) -> None:
     for signature in model.inputs:
         if not signature.shape and signature.ranked and signature.dtype is not None:
             raise ModelError(
-                f"{model.path}: its input {signature.name!r} takes one value, not one for each sample; give it an "
-                "initializer of that name in the model, with that value, and leave it out of the data"
+                f"{model.path}: its input {signature.name!r} takes one value for all samples; the spec has to say so: "
+                f"sample_axes: {{{signature.name}: null}}"
             )
         if 0 in signature.shape:
             raise ModelError(

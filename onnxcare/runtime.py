@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import numpy as np
 
+from onnxcare.axes import Axes, as_given, samples_first
 from onnxcare.errors import DataError, ModelError, UsageError
 
 if TYPE_CHECKING:
@@ -43,6 +44,9 @@ _PROVIDERS: dict[str, list[Any]] = {
 _BYTES_PER_RUN, _FEW_ROWS = 8 << 20, 16
 # Runs whose rows are of unknown size.
 _ROWS_PER_RUN = 256
+
+# What onnxruntime calls maps from classes to scores, one a sample; sessions return them as arrays.
+MAPS = frozenset(f"seq(map({key},tensor(float)))" for key in ("int64", "string"))
 
 
 def resolve_device(wanted: str) -> Device:
@@ -177,6 +181,7 @@ class Session:
         optimise: bool = True,
         what: str = "",
         threads: int | None = None,
+        axes: Axes | None = None,
     ) -> None:
         """Load a file or an in-memory model.
 
@@ -187,11 +192,13 @@ class Session:
             what: the file that a model held in memory comes from: how it is called in errors, and beside which its
                 external data lies.
             threads: how many threads a run takes; None for as many as there are cores.
+            axes: where the model has the samples of inputs that do not have them on axis 0; they are fed as others are.
 
         Raises:
             ModelError: onnxruntime cannot load the model, or not on this device.
         """
         self.device = device
+        self._axes = dict(axes or {})
         name = str(source) if isinstance(source, Path) else what or "model"
         if isinstance(source, bytes):
             content: str | bytes = source
@@ -206,7 +213,10 @@ class Session:
             )
         try:
             self._session = _open(content, options, device)
-            self.inputs = [(i.name, i.type, tuple(i.shape)) for i in self._session.get_inputs()]
+            self.inputs = [
+                (i.name, i.type, samples_first(tuple(i.shape), self._axes.get(i.name, 0)))
+                for i in self._session.get_inputs()
+            ]
             self.outputs = [(o.name, o.type, tuple(o.shape)) for o in self._session.get_outputs()]
         except Exception as error:  # onnxruntime raises a dozen unrelated types
             raise ModelError(f"{name}: {_load_failure(str(error))}") from error
@@ -225,6 +235,8 @@ class Session:
             ModelError: onnxruntime failed while running.
         """
         names = list(outputs) if outputs is not None else [name for name, _, _ in self.outputs]
+        if self._axes:
+            feeds = {name: as_given(item, self._axes.get(name, 0)) for name, item in feeds.items()}
         try:
             if all(isinstance(value, np.ndarray) for value in feeds.values()):
                 return [_array(answer) for answer in self._session.run(names, dict(feeds))]

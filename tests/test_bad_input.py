@@ -152,7 +152,7 @@ MODELS = [
     *[bad(f"cut at {share}", cut(share), "truncated") for share in (0.05, 0.3, 0.6, 0.9, 0.999)],
     bad("IR 14", edited(lambda proto: setattr(proto, "ir_version", 14)), "IR version 14", "at most"),
     bad("opset 28", opset(28), "opset 28", "at most"),
-    bad("opset 7", opset(7), "opset 7", "8 or newer"),
+    bad("opset 6", opset(6), "cannot load", "Gemm"),
     bad("unknown operator", edited(foreign_operator), "Squash", "com.acme"),
     bad("unknown input", edited(lambda proto: proto.graph.node.pop(0)), "'first'"),
     bad("operator that is no text", holding(dense().SerializeToString().replace(b"Relu", b"Re\xffu")), "cannot load"),
@@ -263,16 +263,26 @@ def shared_weights() -> onnx.ModelProto:
 
 @pytest.mark.parametrize("method", ["auto", "care"])
 @pytest.mark.parametrize(
-    ("model", "why"),
-    [(tree, "no Gemm, MatMul or Conv"), (no_layer, "no Gemm, MatMul or Conv"), (shared_weights, "also used by")],
-    ids=["tree ensemble", "no layer", "shared weights"],
+    ("model", "why"), [(tree, "trees compare"), (no_layer, "Gemm, MatMul or Conv")], ids=["tree ensemble", "no layer"]
 )
 def test_nothing_that_can_be_repaired(
     tmp_path: Path, model: Callable[[], onnx.ModelProto], why: str, method: str
 ) -> None:
     paths = write_case(tmp_path, model())
-    words = (paths.model, "Gemm, MatMul or Conv" if method == "care" and "Gemm" in why else why)
-    refuses(paths, lambda paths: None, 3, *words, args=("--method", method))
+    refuses(paths, lambda paths: None, 3, paths.model, why, args=("--method", method))
+
+
+@pytest.mark.parametrize("method", ["care", "ai-lancet-flip", "ai-lancet-finetune", "clp", "fine-pruning"])
+def test_shared_weights_are_refused_by_methods_that_change_one_layer(tmp_path: Path, method: str) -> None:
+    paths = write_case(tmp_path, shared_weights())
+    refuses(paths, lambda paths: None, 3, paths.model, "is also used by", args=("--method", method))
+
+
+def test_shared_weights_are_repaired_for_both_layers_together(tmp_path: Path) -> None:
+    paths = write_case(tmp_path, shared_weights())
+    assert fix(paths).exit_code == 0
+    before, after = ({t.name: t for t in onnx.load(path).graph.initializer} for path in (paths.model, paths.out))
+    assert [name for name in before if before[name] != after[name]] == ["square"]
 
 
 # -- data ----------------------------------------------------------------------------------------
@@ -635,13 +645,14 @@ def test_an_input_without_an_axis_for_the_samples(tiny: Paths) -> None:
     tiny.edit_model(scaled)
     for path in (tiny.data, tiny.holdout):
         tiny.edit(path, factor=np.float32(1))
-    refuses(tiny, lambda paths: None, 3, tiny.model, "'factor'", "initializer")
+    refuses(tiny, lambda paths: None, 3, tiny.model, "'factor'", "sample_axes: {factor: null}")
 
 
-def test_an_initializer_makes_up_for_such_an_input(tiny: Paths) -> None:
-    tiny.edit_model(scaled)
-    tiny.edit_model(lambda proto: proto.graph.initializer.append(numpy_helper.from_array(np.float32(1), "factor")))
-    assert fix(tiny).exit_code == 0
+@pytest.mark.parametrize(
+    ("axes", "words"), [("{state: 1}", ["sample_axes.state", "no such input"]), ("{input: 2}", ["axis 2", "8]"])]
+)
+def test_axes_that_are_not_there(tiny: Paths, axes: str, words: list[str]) -> None:
+    refuses(tiny, line("seed: 1", f"seed: 1\nsample_axes: {axes}"), 2, tiny.spec, *words)
 
 
 def test_an_input_of_unknown_rank(tiny: Paths) -> None:

@@ -74,6 +74,24 @@ def test_several_inputs_need_as_many_samples(tmp_path: Path) -> None:
         load_dataset(path, [FLAT, other])
 
 
+def test_samples_on_another_axis_and_values_for_all_of_them(tmp_path: Path) -> None:
+    state = Signature("state", FLAT.dtype, ("batch", 2, 3), axis=1)
+    rate = Signature("rate", np.dtype(np.int64), (None,), axis=None)
+    values = np.arange(30, dtype=np.float32).reshape(2, 5, 3)
+    path = save(tmp_path, input=np.ones((5, 8), np.float32), state=values, rate=np.int64(7), y=np.arange(5))
+    found = load_dataset(path, [rate, FLAT, state])
+    assert len(found) == 5
+    np.testing.assert_array_equal(found.inputs["rate"], [7] * 5)
+    for row in range(5):
+        np.testing.assert_array_equal(found.inputs["state"][row], values[:, row])
+    path = save(tmp_path, state=values[0, 0], rate=np.int64(7))
+    with pytest.raises(DataError, match=r"state has shape \[3\]; the spec's sample_axes has the samples on axis 1"):
+        load_dataset(path, [state, rate])
+    path = save(tmp_path, state=values, rate=np.array([7, 7]))
+    with pytest.raises(DataError, match=r"rate has shape .*takes"):
+        load_dataset(path, [state, rate])
+
+
 def test_no_arrays_of_python_objects(tmp_path: Path) -> None:
     path = save(tmp_path, x=np.array([{}, []], dtype=object))
     with pytest.raises(DataError, match="Python objects"):

@@ -752,6 +752,23 @@ def test_the_output_is_the_first_that_fits_or_the_one_that_is_asked_for(
     assert_close(experiment.tensors([found], x)[0], run(model.proto, x, found)[0])
 
 
+@pytest.mark.parametrize(("axis", "logits"), [(1, "maps"), (-1, "y")])
+def test_a_softmax_stands_for_the_classes_only_along_their_axis(axis: int, logits: str, tmp_path: Path) -> None:
+    subject = build(
+        f"""g (float[N, 6] x) => (float[N, 4, 1, 1] y) <int64[2] axes = {{2, 3}}> {{
+            flat = MatMul (x, W3)
+            maps = Unsqueeze (flat, axes)
+            y = Softmax <axis = {axis}> (maps)
+        }}""",
+        {"W3": W3},
+    )
+    x = {"x": random(SIZE, 6)}
+    experiment = Experiment(save(subject, tmp_path), "cpu", PLENTY, x)
+    assert (experiment.logits, experiment.classes, experiment.decision.ones) == (logits, 4, 2)
+    flat, y = run(subject, x, "flat", "y")
+    assert_close(experiment.scores(x), flat if axis == 1 else y[..., 0, 0])
+
+
 def test_an_output_that_is_not_there_is_named_with_the_nearest(tmp_path: Path) -> None:
     model = save(build(HEADS, {"W3": W3}), tmp_path)
     with pytest.raises(SpecError, match=r"model\.onnx has no output 'labl' \(did you mean 'label'\?\)") as error:

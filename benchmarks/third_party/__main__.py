@@ -17,7 +17,6 @@ import benchmarks.third_party
 from benchmarks.speed.machine import cores
 from benchmarks.third_party import operators, report
 from benchmarks.third_party.catalogue import SUBJECTS, Subject
-from benchmarks.third_party.compare import TOLERANCE
 from benchmarks.third_party.packages import PACKAGES
 
 ROOT = Path(__file__).parents[2]
@@ -84,12 +83,14 @@ def main() -> int:
     arguments.cache.mkdir(parents=True, exist_ok=True)
     old = json.loads(arguments.json.read_text(encoding="utf-8")) if arguments.json.is_file() else {}
     known = {found["name"]: found for found in old.get("models", [])}
+    models, swept = list(known.values()), old.get("operators")
     for subject in SUBJECTS:
         if not arguments.only or any(word in subject.name for word in arguments.only):
             print(f"{subject.name} ...", file=sys.stderr, flush=True)
             known[subject.name] = examine(subject, arguments.cache, arguments.patience)
-    models = [known[subject.name] for subject in SUBJECTS if subject.name in known]
-    swept = old.get("operators")
+            # Whatever happens to the next one.
+            models = [known[item.name] for item in SUBJECTS if item.name in known]
+            report.save(models, swept, header(), arguments.json)
     if not arguments.no_operators and not arguments.only:
         swept = operators.summary(operators.sweep(arguments.cache))
     report.show(models, swept)
@@ -100,8 +101,8 @@ def main() -> int:
 
 def _wrong(step: dict[str, Any]) -> bool:
     facts = step["facts"]
-    copied = facts["difference"] if step["name"] == "copy" and facts else 0.0
-    return bool(facts.get("differing")) or copied > TOLERANCE or step["outcome"] == "defect"
+    differs = step["name"] == "copy" and bool(facts) and not report.same(facts["difference"])
+    return differs or bool(facts.get("differing")) or step["outcome"] == "defect"
 
 
 def header() -> dict[str, Any]:

@@ -10,7 +10,7 @@ so that everything else in the file, subgraphs included, reads the changed T.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -83,13 +83,22 @@ class ByHand:
         mask_dtype = np.dtype(helper.tensor_dtype_to_np_dtype(mask_kind))
         return Forced(self, _session(copy.SerializeToString()), mask_dtype, dtype)
 
+    def independent(self, feeds: Feeds, answers: Sequence[Array]) -> bool:
+        """Return whether a sample is answered alone as among others, in outputs with samples on axis 0."""
+        samples = self._samples(feeds)
+        # The last one: what was answered before may be remembered.
+        alone = self.answers(self._rows(feeds, [samples - 1]))
+        pairs = [(one, many[-1:]) for one, many in zip(alone, answers, strict=True) if many.shape[:1] == (samples,)]
+        return all(one.shape == many.shape and np.allclose(one, many, rtol=1e-4, atol=1e-5) for one, many in pairs)
+
     def _run(self, session: ort.InferenceSession, feeds: Feeds, further: Feeds) -> list[Array]:
         known = {name: feeds[name] for name in self.inputs}
         if not self.single:
             return session.run(None, {**known, **further})
         rows = range(self._samples(known))
         parts = [session.run(None, {**self._rows(known, [row]), **further}) for row in rows]
-        return [np.concatenate(part) for part in zip(*parts, strict=True)]
+        # A sample's axis has length one then, as a rule the first.
+        return [np.concatenate(part, axis=part[0].shape.index(1)) for part in zip(*parts, strict=True)]
 
     def _samples(self, feeds: Feeds) -> int:
         return len(next(values for name, values in feeds.items() if self._axes.get(name, 0) == 0))

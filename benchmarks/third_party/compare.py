@@ -76,8 +76,8 @@ class Tally:
         }
 
 
-def difference(found: Array, wanted: Array) -> float:
-    """Return the largest difference, relative to the largest value that is wanted; infinity for other shapes."""
+def difference(found: Array, wanted: Array, usual: float = 0.0) -> float:
+    """Return the largest difference relative to the largest value, wanted or usual; infinity for other shapes."""
     if found.shape != wanted.shape or found.dtype != wanted.dtype:
         return float("inf")
     if not found.size or np.array_equal(found, wanted):
@@ -88,7 +88,7 @@ def difference(found: Array, wanted: Array) -> float:
     if not np.array_equal(np.isfinite(found), np.isfinite(wanted)):
         return float("inf")
     finite = np.isfinite(wanted)
-    scale = np.abs(wanted[finite]).max(initial=np.finfo(np.float32).tiny)
+    scale = np.abs(wanted[finite]).max(initial=max(usual, np.finfo(np.float32).tiny))
     return float(np.abs(found[finite] - wanted[finite]).max(initial=0.0) / scale)
 
 

@@ -42,6 +42,8 @@ def _spec(path: Path, subject: Subject, folder: Path) -> Path:
     if "vnnlib" in asked:
         asked["vnnlib"] = str(path.parent / asked["vnnlib"])
     content = {**subject.spec, "properties": [asked]}
+    if subject.axes:
+        content["sample_axes"] = dict(subject.axes)
     if "bounds" not in content:
         content["data"] = "data.npz"
         arrays = subject.draw(np.random.default_rng(_SEED), _SAMPLES)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.third_party.compare import TOLERANCE
+from onnxcare.report.json import dump
 
 Found = Mapping[str, Any]
 
@@ -71,9 +71,14 @@ def _ended(step: Found, reasons: Reasons) -> tuple[str]:
     return (f"{step['outcome']}{reasons.mark(step['reason'])}",)
 
 
+def same(difference: float | None) -> bool:
+    """Return whether answers are the same; JSON has nothing for infinity."""
+    return difference is not None and difference <= TOLERANCE
+
+
 def _copied(step: Found, reasons: Reasons) -> str:
     difference = step["facts"]["difference"]
-    return f"{'same' if difference <= TOLERANCE else 'DIFFERENT'} {difference:.0e}"
+    return f"same {difference:.0e}" if same(difference) else "DIFFERENT"
 
 
 def _forced(step: Found, reasons: Reasons) -> str:
@@ -132,7 +137,7 @@ def _about_operators(operators: Found | None) -> list[str]:
 def save(models: Sequence[Found], operators: Found | None, header: Found, path: Path) -> None:
     """Write the JSON file."""
     content = {**header, "models": models, "operators": operators}
-    path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    path.write_text(dump(content), encoding="utf-8")
 
 
 def write_page(models: Sequence[Found], operators: Found | None, path: Path) -> None:

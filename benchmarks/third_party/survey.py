@@ -119,23 +119,27 @@ class Bench:
         """Draw inputs; nothing is loaded yet."""
         self.path, self.subject = path, subject
         self._feeds = subject.draw(np.random.default_rng(SEED), subject.rows)
+        # As onnxcare works with them, with samples on axis 0.
+        self._rows = {name: _samples_first(name, values, subject) for name, values in self._feeds.items()}
 
     def load(self) -> Facts:
         """Load the file, and list layers and sites."""
-        self.model: Model = load_model(self.path)
+        self.model: Model = load_model(self.path, self.subject.axes)
         found = onnxcare.inspect(self.path)
         self._hand = ByHand(self.path, self.subject.axes)
         self._answers = dict(zip(self._hand.outputs, self._hand.answers(self._feeds), strict=True))
+        refusals = [item.methods["auto"] for item in found.layers if item.layer]
+        outside = [item for item in found.layers if not item.layer]
         return {
             "nodes": found.nodes,
-            "parameters": found.parameters,
-            "layers": len(found.layers),
-            "open_layers": sum(layer.refusal is None for layer in found.layers),
-            "layer_refusals": counted(layer.refusal for layer in found.layers),
-            "outside": counted(item.operator for item in found.outside),
-            "outside_refusals": [f"{item.name} ({item.operator}): {item.refusal}" for item in found.outside[:1]],
+            "numbers": found.numbers,
+            "layers": len(refusals),
+            "open_layers": refusals.count(None),
+            "layer_refusals": counted(refusals),
+            "outside": counted(item.operator for item in outside),
+            "outside_refusals": [f"{item.name} ({item.operator}): {item.methods['auto']}" for item in outside[:1]],
             "sites": len(found.sites),
-            "folding_sites": sum(site.refusal is None for site in found.sites),
+            "obstacle": found.obstacle,
             "outputs": {name: list(value.shape) for name, value in self._answers.items()},
             "single": self._hand.single,
         }
@@ -151,15 +155,17 @@ class Bench:
 
     def _exposed(self, names: list[str]) -> dict[str, Array]:
         """Return tensors as the experiment copy computes them."""
-        inner = [name for name in names if name not in self._feeds]
+        inner = [name for name in names if name not in self._rows]
         session = Session(surgery.expose(self._copy, inner, str(self.path)), what=str(self.path))
-        computed = session.run({name: self._feeds[name] for name, _, _ in session.inputs})
-        return {name: self._feeds[name] for name in names if name in self._feeds} | dict(
+        computed = session.run({name: self._rows[name] for name, _, _ in session.inputs})
+        return {name: self._rows[name] for name in names if name in self._rows} | dict(
             zip(inner, computed, strict=True)
         )
 
     def intervene(self) -> Facts:
         """Force units of every site behind a cut, for every output that depends on it."""
+        if not self._hand.independent(self._feeds, list(self._answers.values())):
+            raise ModelError(f"{self.path}: the samples of a run depend on each other")
         graph = surgery.import_graph(self._copy, str(self.path))
         tally = Tally()
         for output in self._answers:
@@ -194,20 +200,21 @@ class Bench:
             changed.answers(self._feeds, mask, value)[position]
             for mask, value in zip(forced.masks, forced.values, strict=True)
         ]
-        moved = max(difference(item, self._answers[output]) for item in by_hand)
-        return difference(found, np.stack(by_hand)), moved
+        plain = self._answers[output]
+        moved = max(difference(item, plain) for item in by_hand)
+        return difference(found, np.stack(by_hand), float(np.abs(plain).max())), moved
 
     def experiment(self) -> Facts:
         """Make an `Experiment` for the owner's decision, and force units of every site through it."""
         wanted = self.subject.spec.get("decision", "argmax")
         decision = Decision("threshold", wanted["threshold"]) if isinstance(wanted, dict) else Decision(wanted)
         output = self.subject.spec.get("output")
-        experiment = Experiment(self.model, "cpu", _MEMORY, self._feeds, output, decision)
+        experiment = Experiment(self.model, "cpu", _MEMORY, self._rows, output, decision)
         tally = Tally()
 
         def force(site: Site) -> tuple[float, float]:
             suffix = experiment.suffix(site.tensor, "affine")
-            at = suffix.cache(self._feeds)
+            at = suffix.cache(self._rows)
             forced = Forcing(at.base, site)
             scores = suffix.affine(at, 1 - forced.masks, forced.values)
             # As a model answers: without the column of the threshold, and behind the last operator.
@@ -224,6 +231,11 @@ class Bench:
 
     def _tail(self, output: str) -> tuple[int, ...]:
         return self._answers[output].shape[1:]
+
+
+def _samples_first(name: str, values: Array, subject: Subject) -> Array:
+    axis = subject.axes.get(name, 0)
+    return np.repeat(values[None], subject.rows, axis=0) if axis is None else np.moveaxis(values, axis, 0)
 
 
 def main(name: str, cache: Path) -> None:

@@ -141,7 +141,15 @@ class _Rewriting:
         for info in self._proto.graph.output:
             if info.name == node.output[0]:
                 info.CopyFrom(helper.make_tensor_value_info(info.name, TensorProto.FLOAT, [None, None]))
-        return [helper.make_node("Identity", node.input, node.output, name=node.name)]
+        known = _attributes(node)
+        labels = list(known.get("classlabels_int64s", known.get("classlabels_strings", [])))
+        # onnxruntime hands over maps by their keys, and so `runtime` reads them.
+        order = np.array(sorted(range(len(labels)), key=labels.__getitem__), np.int64)
+        if (np.diff(order) > 0).all():
+            return [helper.make_node("Identity", node.input, node.output, name=node.name)]
+        name = f"{node.output[0]}__order"
+        self._constant(name, order)
+        return [helper.make_node("Gather", [node.input[0], name], node.output, name=node.name, axis=1)]
 
     def _as_float(self, node: onnx.NodeProto) -> tuple[list[onnx.NodeProto], str]:
         x = node.input[0]

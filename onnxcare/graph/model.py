@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -12,9 +12,10 @@ import onnx
 from google.protobuf.message import DecodeError
 from onnx.external_data_helper import ExternalDataInfo, uses_external_data
 
-from onnxcare.errors import ModelError
+from onnxcare.axes import Axes, samples_first
+from onnxcare.errors import ModelError, SpecError, nearest
 from onnxcare.graph.places import tensors
-from onnxcare.runtime import Session
+from onnxcare.runtime import MAPS, Session
 
 VALUE_FIELDS = (
     "raw_data", "float_data", "int32_data", "int64_data", "double_data", "uint64_data", "string_data"
@@ -25,13 +26,16 @@ VALUE_FIELDS = (
 class Signature:
     """Name, dtype and shape of a model input or output; unknown dimensions are names or None.
 
-    The file need not say even how many axes there are: the shape is empty then, and `ranked` False.
+    The file need not say even how many axes there are: the shape is empty then, and `ranked` False. Samples are on axis
+    0 of the shape; where the model has them on another `axis`, or takes one value for all of them (None), the user says
+    so.
     """
 
     name: str
     dtype: np.dtype | None
     shape: tuple[int | str | None, ...]
     ranked: bool = True
+    axis: int | None = 0
 
 
 @dataclass(frozen=True)
@@ -51,6 +55,11 @@ class Model:
     sha256: str
     inputs: tuple[Signature, ...]
     outputs: tuple[Signature, ...]
+
+    @property
+    def axes(self) -> dict[str, int | None]:
+        """Where samples lie in inputs that do not have them on axis 0."""
+        return {item.name: item.axis for item in self.inputs if item.axis != 0}
 
     @property
     def data(self) -> bytes:
@@ -75,12 +84,17 @@ class Model:
         return tuple(self.path.parent / name for name in sorted(names))
 
 
-def load_model(path: str | Path) -> Model:
+def load_model(path: str | Path, axes: Axes | None = None) -> Model:
     """Read an ONNX file and make sure that onnxruntime runs it.
+
+    Args:
+        path: the file.
+        axes: where samples lie in inputs that do not have them on axis 0; None for an input without samples.
 
     Raises:
         ModelError: the file is missing, is not an ONNX model, is truncated, lacks its external data, or
             onnxruntime cannot load it.
+        SpecError: there is no such input, or it has no such axis.
     """
     path = Path(path)
     data = _bytes(path)
@@ -101,7 +115,7 @@ def load_model(path: str | Path) -> Model:
         path=path,
         proto=proto,
         sha256=sha256,
-        inputs=_signatures(session.inputs, proto.graph.input),
+        inputs=_with_axes(path, _signatures(session.inputs, proto.graph.input), axes or {}),
         outputs=_signatures(session.outputs, proto.graph.output),
     )
 
@@ -114,8 +128,24 @@ def _signatures(
     return tuple(_signature(name, kind, shape, bool(shape) or name not in unranked) for name, kind, shape in found)
 
 
+def _with_axes(path: Path, inputs: tuple[Signature, ...], axes: Axes) -> tuple[Signature, ...]:
+    known = {item.name: item for item in inputs}
+    for name, axis in axes.items():
+        if name not in known:
+            raise SpecError(f"sample_axes.{name}: {path} has no such input{nearest(name, known)}")
+        if axis and axis >= len(known[name].shape):
+            shape = list(known[name].shape) if known[name].ranked else "that the file does not tell"
+            raise SpecError(f"sample_axes.{name}: there is no axis {axis} in the shape {shape}")
+    return tuple(
+        replace(item, shape=samples_first(item.shape, axes[item.name]), axis=axes[item.name])
+        if item.name in axes
+        else item
+        for item in inputs
+    )
+
+
 def _signature(name: str, kind: str, shape: tuple[int | str | None, ...], ranked: bool) -> Signature:
-    if kind in _MAPS:  # of classes to scores, one a sample: what they amount to is an array
+    if kind in MAPS:
         return Signature(name, np.dtype(np.float32), (None, None))
     return Signature(name, numpy_dtype(kind), shape, ranked)
 
@@ -192,7 +222,6 @@ def _check_values(path: Path, proto: onnx.ModelProto) -> None:
             )
 
 
-_MAPS = {f"seq(map({key},tensor(float)))" for key in ("int64", "string")}
 _DTYPES = {
     "float": np.float32,
     "double": np.float64,

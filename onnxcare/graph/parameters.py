@@ -16,7 +16,7 @@ from onnxcare.graph.view import GraphView, operator
 GRAPH, NODE, INITIALIZER, SPARSE = 7, 1, 5, 15
 ATTRIBUTE, TENSOR = 5, 5
 FUNCTION, NODE_OF_FUNCTION = 25, 7
-_VALUES, _INDICES = 1, 2
+VALUES, _INDICES = 1, 2
 # Their weights are lists in attributes.
 _LINEAR_MODELS = {("ai.onnx.ml", "LinearClassifier"), ("ai.onnx.ml", "LinearRegressor")}
 
@@ -78,7 +78,7 @@ def storages(view: GraphView) -> dict[str, Storage]:
     for index, sparse in enumerate(graph.sparse_initializer):
         path = ((GRAPH, 0), (SPARSE, index))
         found[sparse.values.name] = Sparse(
-            (*path, (_VALUES, 0)),
+            (*path, (VALUES, 0)),
             sparse.values.name,
             (*path, (_INDICES, 0)),
             tuple(sparse.dims),

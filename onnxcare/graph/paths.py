@@ -35,6 +35,19 @@ class Paths:
         self._flat = flat
         self._nodes = [(node, reads(node)) for node in model.graph.node if operator(node) not in SHAPE_ONLY]
 
+    def clear(self, outputs: Collection[str]) -> set[str]:
+        """Return the tensors that have no `obstacle`, all in one pass."""
+        smooth, blocked = set(outputs), set[str]()
+        for node, read in reversed(self._nodes):
+            floats = [result for result in node.output if self._kinds.get(result, 0) in FLOATS]
+            if not floats or operator(node) in self._flat:
+                continue
+            if not operator(node) or not blocked.isdisjoint(floats):
+                blocked |= read
+            if not smooth.isdisjoint(floats):
+                smooth |= read
+        return smooth - blocked
+
     def obstacle(self, tensor: str, outputs: Collection[str]) -> str | None:
         """Say what stands between a tensor and the outputs; None if a smooth path leads to one of them."""
         depending, carried = {tensor}, {tensor}

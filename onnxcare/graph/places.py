@@ -116,6 +116,21 @@ def plain_field(node: onnx.NodeProto, item: onnx.AttributeProto) -> str:
     return ""
 
 
+def attribute_places(node: onnx.NodeProto, item: onnx.AttributeProto, name: str, path: wire.Path) -> Iterator[Place]:
+    """Yield what an attribute of a node holds itself, its branches and bodies left out.
+
+    Args:
+        node: the node.
+        item: the attribute.
+        name: what to call it; what is called `.indices` behind it says where the numbers of a sparse tensor stand.
+        path: where the attribute lies in the serialized model.
+    """
+    field = plain_field(node, item)
+    if field and (item.HasField(field) if field in ("f", "i") else len(getattr(item, field))):
+        yield Place(name, path, item, field)
+    yield from _in_attribute(item, name, path)
+
+
 def _in_model(proto: onnx.ModelProto) -> Iterator[Place]:
     yield from _in_graph(proto.graph, "", ((_GRAPH, 0),))
     for index, function in enumerate(proto.functions):
@@ -142,10 +157,7 @@ def _in_nodes(nodes: Iterable[onnx.NodeProto], prefix: str, path: wire.Path, num
             name = f"{prefix}{label(node)}.{item.name}"
             if operator(node) == "Constant" and len(node.output):
                 name = f"{prefix}Constant {node.output[0]}"
-            field = plain_field(node, item)
-            if field and (item.HasField(field) if field in ("f", "i") else len(getattr(item, field))):
-                yield Place(name, here, item, field)
-            yield from _in_attribute(item, name, here)
+            yield from attribute_places(node, item, name, here)
             for step, graph, suffix in _subgraphs(item):
                 yield from _in_graph(graph, f"{prefix}{label(node)}/{item.name}{suffix}/", (*here, step))
 

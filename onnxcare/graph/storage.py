@@ -75,6 +75,11 @@ class Storage(ABC):
     name: str  # of the tensor in the file, or of what has it for an attribute
 
     @property
+    def paths(self) -> tuple[wire.Path, ...]:
+        """Where everything lies that the values are read from."""
+        return (self.path,)
+
+    @property
     @abstractmethod
     def kind(self) -> str:
         """Say how the values are held, such as `float16`."""
@@ -217,6 +222,11 @@ class Scaled(Storage):
     data_type: int
     axis: int | None = None
     block: int = 0
+
+    @property
+    def paths(self) -> tuple[wire.Path, ...]:
+        """The whole numbers, their scales, and their zero points."""
+        return (self.path, self.scale) if self.zero is None else (self.path, self.scale, self.zero)
 
     @property
     def kind(self) -> str:

@@ -30,6 +30,7 @@ from onnx_graphsurgeon.logger import G_LOGGER
 
 from onnxcare.decision import Final
 from onnxcare.errors import ModelError
+from onnxcare.graph.batch import AS_GIVEN
 from onnxcare.graph.layers import Layer
 from onnxcare.graph.sites import Site
 
@@ -401,10 +402,12 @@ def _crossing(graph: gs.Graph, h: gs.Variable, scores: gs.Variable, behind: list
     """Return the tensors beside h that the suffix needs from the prefix.
 
     What is computed from constants has no samples to be repeated for, and what is computed from shapes carries the
-    batch size of the prefix: their producers are pulled into the suffix until only activations cross.
+    batch size of the prefix: their producers are pulled into the suffix until only activations cross. So are those of
+    what is computed from inputs alone that have no samples on axis 0.
     """
     suffix = {id(node) for node in behind}
-    activations = {id(node) for node in _behind(graph, graph.inputs, stop=("Shape", "Size"))}
+    laid_out = [tensor for tensor in graph.inputs if not any(node.name.startswith(AS_GIVEN) for node in tensor.outputs)]
+    activations = {id(node) for node in _behind(graph, laid_out, stop=("Shape", "Size"))}
     known = graph.tensors()
     crossing: dict[str, gs.Variable] = {}
     pending = [scores]

@@ -26,7 +26,7 @@ from onnx.external_data_helper import load_external_data_for_tensor, uses_extern
 
 from onnxcare.errors import ModelError
 from onnxcare.graph import classical, halves, quantised, wire
-from onnxcare.graph.batch import free_batch
+from onnxcare.graph.batch import free_batch, put_samples_first
 from onnxcare.graph.layers import Layer, find_layers
 from onnxcare.graph.light import inferred
 from onnxcare.graph.model import Model
@@ -46,7 +46,8 @@ from onnxcare.graph.view import GraphView, attribute, operator
 
 # Constants of at most so many elements are worked out even where values are not asked for: shapes and axes.
 _SMALL = 64
-_OLDEST_OPSET = 8  # broadcasting from 7, Expand from 8
+# Broadcasting is from opset 7, Expand, which is inserted, from opset 8.
+_OLDEST_OPSET, _INSERTED = 7, 8
 # How far answers may be from the file's, relative to the largest: rounding of fused operators, of half precision, of
 # activations that are quantised as they come.
 EXACT, _HALF, _DYNAMIC = 1e-4, 2e-2, 1e-1
@@ -118,7 +119,8 @@ def working_form(model: Model, *, values: bool = True) -> WorkingForm:
     proto.CopyFrom(model.proto)
     # Nodes keep their position in the file as a name, wherever they end up.
     for index, node in enumerate(proto.graph.node):
-        node.name = node.name or f"{node.op_type}#{index}"
+        if not node.name:
+            node.name = f"{node.op_type}#{index}"
     stored = storages(GraphView(proto))
     if proto.functions:
         proto, inside = _inlined(proto)
@@ -146,7 +148,7 @@ def working_form(model: Model, *, values: bool = True) -> WorkingForm:
 
 
 def experiment_form(model: Model) -> WorkingForm:
-    """Return the working form with all values, a free batch size, and the types and shapes that can be inferred.
+    """Return the working form with all values, samples on axis 0, as many as one likes, and what can be inferred.
 
     Raises:
         ModelError: the model's operator set is too old for the inserted nodes, or a tensor is damaged.
@@ -157,7 +159,12 @@ def experiment_form(model: Model) -> WorkingForm:
             "(onnx.version_converter can raise it)"
         )
     form = working_form(model)
-    free_batch(form.proto, {signature.name for signature in model.inputs})
+    for item in form.proto.opset_import:
+        # All that opset 8 changed is that some operators may do more.
+        if item.domain in ("", "ai.onnx"):
+            item.version = max(item.version, _INSERTED)
+    free_batch(form.proto, {signature.name: signature.axis for signature in model.inputs})
+    put_samples_first(form.proto, model.axes)
     try:
         return replace(form, proto=onnx.shape_inference.infer_shapes(form.proto))
     except Exception:  # inference is a help for dtypes, not a need; custom operators make it fail
@@ -213,7 +220,8 @@ def _inlined(proto: onnx.ModelProto) -> tuple[onnx.ModelProto, dict[str, Storage
             tensor.raw_data = payloads[tensor.name]
     found: dict[str, Storage] = {}
     for index, node in enumerate(flat.graph.node):
-        node.name = node.name or f"{node.op_type}#{index}"
+        if not node.name:  # a node of the file may well be called after this position
+            node.name = f"inlined {node.op_type}#{index}"
         for item in node.attribute:
             if item.t.doc_string in known:
                 found[node.output[0]] = known[item.t.doc_string]

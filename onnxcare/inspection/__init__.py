@@ -12,13 +12,14 @@ from onnxcare.decision import Decision
 from onnxcare.errors import ModelError
 from onnxcare.experiment import judged_output
 from onnxcare.findings.walk import scopes
+from onnxcare.graph import wire
 from onnxcare.graph.anatomy import Anatomy, anatomy_of
 from onnxcare.graph.layers import Layer
 from onnxcare.graph.light import inferred
 from onnxcare.graph.model import Model, Signature
 from onnxcare.graph.view import as_text
 from onnxcare.inspection.base import Constant, File, Inspection, LayerInfo, SiteInfo, Value
-from onnxcare.inspection.constants import Constants, Held, Reader, find_constants
+from onnxcare.inspection.constants import Constants, Held, Read, Reader, find_constants
 from onnxcare.inspection.values import declared_value, declared_values, type_name
 from onnxcare.prepare import check_inputs
 
@@ -87,9 +88,11 @@ def _signatures(known: Sequence[Signature], declared: Iterable[onnx.ValueInfoPro
     for item in known:
         value = declared_value(types[item.name])
         kind = types[item.name].type.WhichOneof("value")
-        tensor = item.dtype is not None or kind == "tensor_type"
-        name = str(item.dtype) if item.dtype is not None else type_name(types[item.name].type)
-        yield Value(item.name, name, item.shape if tensor else value.shape)
+        # A map of scores to every class counts as scores elsewhere; here it is what the file says.
+        tensor = kind in (None, "tensor_type")
+        plain = item.dtype is not None and tensor
+        name = str(item.dtype) if plain else type_name(types[item.name].type)
+        yield Value(item.name, name, item.shape if tensor and item.ranked else value.shape)
 
 
 def _obstacle(model: Model) -> str | None:
@@ -116,27 +119,45 @@ def _fits(model: Model, decision: Decision) -> bool:
 
 def _layers(anatomy: Anatomy, constants: Constants) -> list[LayerInfo]:
     """Return the layers and the other nodes that hold weights; every number counts where it is read first."""
-    by_output = {anatomy.view.nodes[layer.node].output[0]: layer for layer in anatomy.layers}
+    layers = {layer.name: layer for layer in anatomy.layers}
+    # An Add that holds a layer's bias is a part of the layer.
+    parts = {layer.output for layer in anatomy.layers if layer.output not in anatomy.view.nodes[layer.node].output}
+    held = {item.path: item for item in constants.held if item.path}
     counted: dict[Held, Reader] = {}
-    found = []
+    found: list[tuple[int, LayerInfo]] = []
+    place = 0
     for reader in constants.readers:
-        layer = by_output.get(reader.node.output[0]) if reader.node.output and not reader.inside else None
-        if layer is None and not reader.holds_weights:
+        layer = None if reader.inside else layers.pop(reader.label, None)
+        if layer is None and (not reader.holds_weights or not parts.isdisjoint(reader.node.output)):
             continue
         if layer is not None:
-            _claim_bias(layer, reader, constants)
-        found.append(_info(reader, layer, anatomy, counted))
-    return found
+            place = layer.node
+            _claim(layer, reader, held)
+        found.append((place, _info(reader, layer, anatomy, counted)))
+    for layer in layers.values():
+        reader = _inlined(layer, anatomy)
+        _claim(layer, reader, held)
+        found.append((layer.node, _info(reader, layer, anatomy, counted)))
+    found.sort(key=lambda item: item[0])
+    for reader in constants.functions:
+        # What a layer reads that is seen where the function is called is counted there.
+        if reader.holds_weights and any(item.held not in counted for item in reader.reads):
+            found.append((place, _info(reader, None, anatomy, counted)))
+    return [info for _, info in found]
 
 
-def _claim_bias(layer: Layer, reader: Reader, constants: Constants) -> None:
-    """Let a layer also read the bias that an Add behind it adds."""
-    if layer.bias is None:
-        return
-    own = {id(item.held) for item in reader.reads}
-    for item in constants.known.get(layer.bias.name, ()):
-        if id(item.held) not in own:
-            reader.reads.append(type(item)(item.held, f"B {item.role}".strip()))
+def _claim(layer: Layer, reader: Reader, held: Mapping[wire.Path, Held]) -> None:
+    """Let a layer also read what its node does not read itself, such as the bias that an Add behind it adds."""
+    for parameter, role in ((layer.weight, "W"), (layer.bias, "B")):
+        for path in parameter.storage.paths if parameter is not None else ():
+            if path in held and all(item.held is not held[path] for item in reader.reads):
+                reader.reads.append(Read(held[path], role))
+
+
+def _inlined(layer: Layer, anatomy: Anatomy) -> Reader:
+    """Return the node of a layer that only shows once functions are inlined."""
+    values = anatomy.once("values", lambda: declared_values(inferred(anatomy.view.proto).graph))
+    return Reader(layer.name, anatomy.view.nodes[layer.node], (), [], values, layer.input)
 
 
 def _info(reader: Reader, layer: Layer | None, anatomy: Anatomy, counted: dict[Held, Reader]) -> LayerInfo:
@@ -157,13 +178,15 @@ def _info(reader: Reader, layer: Layer | None, anatomy: Anatomy, counted: dict[H
                 counted_at=None if mine else first.label,
             )
         )
-    output = layer.output if layer is not None else next(iter(reader.node.output), None)
+    output = next(iter(reader.node.output), None)
+    if layer is not None and layer.output in reader.values:
+        output = layer.output  # behind its bias
     return LayerInfo(
         name=reader.label,
         operator=operator_name(reader.node),
         inside=reader.inside,
         layer=layer is not None,
-        input=_value(layer.input if layer is not None else reader.activation, reader.values),
+        input=_value(reader.activation, reader.values),
         output=_value(output, reader.values),
         weights=weights,
         biases=biases,
@@ -179,7 +202,7 @@ def _refused(reader: Reader, anatomy: Anatomy) -> dict[str, str | None]:
     elif operator_name(reader.node) in _LINEAR:
         reason = "it is no product of what it reads with one constant matrix"
     else:
-        reason = f"no method changes the numbers of {operator_name(reader.node)}"
+        reason = f"a node of {operator_name(reader.node)} is no layer"
     beside = () if reader.inside else repair.changing_beside_layers(anatomy, list(reader.node.output))
     return {method: None if method in beside else reason for method in repair.METHODS}
 

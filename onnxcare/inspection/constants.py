@@ -9,19 +9,21 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import onnx
 from onnx import defs
 
 from onnxcare.findings.walk import subgraphs
+from onnxcare.graph import wire
+from onnxcare.graph.parameters import ATTRIBUTE, FUNCTION, GRAPH, INITIALIZER, NODE, NODE_OF_FUNCTION, SPARSE, VALUES
+from onnxcare.graph.places import attribute_places
 from onnxcare.graph.view import as_text, operator
 from onnxcare.inspection.base import Value
 from onnxcare.inspection.values import declared_values, element_type
 
 _ML = "ai.onnx.ml"
-_SCALARS = {"value_float": "float32", "value_int": "int64"}
 # Floating-point numbers, and whole ones of few bits, are weights; longer ones are shapes, axes, positions.
 _WEIGHTS = frozenset(
     number
@@ -34,6 +36,8 @@ _CONFIGURED = frozenset({"Resize", "Upsample", "OneHot"})
 _ROLES = {"MatMul": ["W", "W"], "MatMulInteger": ["W", "W"], "Gemm": ["W", "W", "B"]}
 _NAMELESS = frozenset("Add Sub Mul Div Pow Mod Max Min Mean Sum Where Equal Greater Less Concat Einsum".split())
 _BIASES = frozenset({"B", "bias", "beta", "intercepts"})
+# What classifiers of ai.onnx.ml call their classes: nothing is computed with that.
+_LABELS = "classlabels"
 
 
 @dataclass(frozen=True, eq=False)
@@ -46,6 +50,7 @@ class Held:
         shape: their axes.
         numbers: how many are stored.
         weight: whether they look like weights.
+        path: where they lie in the serialized model; nothing for those inside branches and loops.
     """
 
     name: str
@@ -53,6 +58,7 @@ class Held:
     shape: tuple[int, ...]
     numbers: int
     weight: bool
+    path: wire.Path = ()
 
 
 @dataclass(frozen=True)
@@ -101,12 +107,12 @@ class Constants:
     Attributes:
         held: the numbers it stores, wherever.
         readers: the nodes that compute with activations, in graph order, those of a body behind the node it belongs to.
-        known: what each name of the main graph that is constant comes from.
+        functions: likewise, those of the bodies of functions.
     """
 
     held: list[Held] = field(default_factory=list)
     readers: list[Reader] = field(default_factory=list)
-    known: dict[str, list[Read]] = field(default_factory=dict)
+    functions: list[Reader] = field(default_factory=list)
 
     @property
     def numbers(self) -> int:
@@ -122,17 +128,17 @@ def find_constants(proto: onnx.ModelProto, typed: onnx.ModelProto) -> Constants:
         typed: the same graph with the types and shapes that are known.
     """
     found = Constants()
-    found.known = _Scope(found, (), {}, {}).graph(proto.graph, typed.graph)
-    for function in proto.functions:
-        inside = (f"function {function.name}",)
-        _Scope(found, inside, {}, {}).nodes(function.node, function.node)
-        for default in function.attribute_proto:
-            found.held += _attribute_numbers(default, function.domain)
+    _Scope(found, found.readers, (), {}, {}, ((GRAPH, 0),)).graph(proto.graph, typed.graph)
+    for number, function in enumerate(proto.functions):
+        inside = (f"function {as_text(function.name)}",)
+        scope = _Scope(found, found.functions, inside, {}, {}, ((FUNCTION, number),))
+        scope.nodes(function.node, function.node, NODE_OF_FUNCTION)
+        found.held += _in_node(onnx.NodeProto(attribute=function.attribute_proto), ())
     for info in proto.training_info:
         for graph in (info.initialization, info.algorithm):
             # Nothing that runs reads them, so they only count.
             aside = Constants()
-            _Scope(aside, (), {}, {}).graph(graph, graph)
+            _Scope(aside, [], (), {}, {}).graph(graph, graph)
             found.held += aside.held
     return found
 
@@ -143,36 +149,41 @@ class _Scope:
     def __init__(
         self,
         found: Constants,
+        readers: list[Reader],
         inside: tuple[str, ...],
         known: Mapping[str, list[Read]],
         values: Mapping[str, Value],
+        path: wire.Path = (),
     ) -> None:
-        self._found, self._inside = found, inside
+        self._found, self._readers, self._inside, self._path = found, readers, inside, path
         self._known, self._values = dict(known), dict(values)
 
-    def graph(self, graph: onnx.GraphProto, typed: onnx.GraphProto) -> dict[str, list[Read]]:
-        """Walk through a graph, and return what its constant names come from."""
+    def graph(self, graph: onnx.GraphProto, typed: onnx.GraphProto) -> None:
+        """Walk through a graph."""
         self._values |= declared_values(typed)
-        for tensor in graph.initializer:
-            self._hold(tensor.name, _tensor(tensor.name, tensor))
-        for sparse in graph.sparse_initializer:
-            self._hold(sparse.values.name, _sparse(sparse.values.name, sparse))
+        for index, tensor in enumerate(graph.initializer):
+            self._hold(tensor.name, _tensor(tensor.name, tensor, self._at((INITIALIZER, index))))
+        for index, sparse in enumerate(graph.sparse_initializer):
+            path = self._at((SPARSE, index), (VALUES, 0))
+            self._hold(sparse.values.name, _sparse(sparse.values.name, sparse, path))
         self.nodes(graph.node, typed.node)
-        return self._known
 
-    def nodes(self, nodes: Iterable[onnx.NodeProto], typed: Iterable[onnx.NodeProto]) -> None:
-        """Walk through nodes, and those of their bodies."""
+    def nodes(self, nodes: Iterable[onnx.NodeProto], typed: Iterable[onnx.NodeProto], number: int = NODE) -> None:
+        """Walk through nodes, and those of their bodies; `number` is that of the field that holds them."""
         for index, (node, shown) in enumerate(zip(nodes, typed, strict=True)):
-            self._node(node, shown, node.name or f"{node.op_type}#{index}")
+            self._node(node, shown, node.name or f"{node.op_type}#{index}", self._at((number, index)))
+
+    def _at(self, *steps: tuple[int, int]) -> wire.Path:
+        """Return the path of something in this graph or body; nothing inside branches and loops."""
+        return (*self._path, *steps) if self._path else ()
 
     def _hold(self, name: str, held: Held) -> None:
         self._found.held.append(held)
         self._known[name] = [Read(held, "")]
 
-    def _node(self, node: onnx.NodeProto, typed: onnx.NodeProto, label: str) -> None:
+    def _node(self, node: onnx.NodeProto, typed: onnx.NodeProto, label: str, path: wire.Path) -> None:
         constant = operator(node) == "Constant" and bool(node.output)
-        named = node.output[0] if constant else None
-        own = [held for item in node.attribute for held in _attribute_numbers(item, node.domain, named)]
+        own = list(_in_node(node, path))
         self._found.held += own
         if constant:
             self._known[node.output[0]] = [Read(held, "") for held in own]
@@ -189,13 +200,13 @@ class _Scope:
             return
         for name in filter(None, node.output):
             self._known.pop(name, None)  # in a body it hides what has the same name outside
-        reads = [Read(held, held.name) for held in own]
+        reads = [Read(held, held.name) for held in own if not held.name.startswith(_LABELS)]
         for position, name in enumerate(node.input):
             reads += (_named(read, formal_name(node, position)) for read in self._known.get(name, ()) if name)
         activation = next((name for name in inputs if name not in self._known), None)
-        self._found.readers.append(Reader(label, node, self._inside, _once(reads), self._values, activation))
+        self._readers.append(Reader(label, node, self._inside, _once(reads), self._values, activation))
         for graph, shown in bodies:
-            inner = _Scope(self._found, (*self._inside, label), self._known, self._values)
+            inner = _Scope(self._found, self._readers, (*self._inside, label), self._known, self._values)
             inner.graph(graph, shown)
 
 
@@ -228,39 +239,27 @@ def _once(reads: Iterable[Read]) -> list[Read]:
 # -- numbers -------------------------------------------------------------------------------------
 
 
-def _tensor(name: str, tensor: onnx.TensorProto) -> Held:
-    shape = tuple(tensor.dims)
-    count = 0 if tensor.data_type == onnx.TensorProto.STRING else int(np.prod(shape, dtype=np.int64))
-    weight = bool(shape) and count > 1 and tensor.data_type in _WEIGHTS
-    return Held(name, element_type(tensor.data_type), shape, count, weight)
+def _tensor(name: str, tensor: onnx.TensorProto, path: wire.Path = ()) -> Held:
+    return _held(name, tensor.data_type, tuple(tensor.dims), path, weight=tensor.data_type in _WEIGHTS)
 
 
-def _sparse(name: str, sparse: onnx.SparseTensorProto) -> Held:
-    stored = _tensor(name, sparse.values)
-    return Held(name, f"sparse {stored.type}", tuple(sparse.dims), stored.numbers, stored.weight)
+def _sparse(name: str, sparse: onnx.SparseTensorProto, path: wire.Path = ()) -> Held:
+    stored = _tensor(name, sparse.values, path)
+    return replace(stored, type=f"sparse {stored.type}", shape=tuple(sparse.dims))
 
 
-def _attribute_numbers(item: onnx.AttributeProto, domain: str, named: str | None = None) -> Iterator[Held]:
-    """Yield the numbers in an attribute: tensors, plain values of a Constant node, and lists of ai.onnx.ml.
+def _in_node(node: onnx.NodeProto, path: wire.Path) -> Iterator[Held]:
+    """Yield the numbers in the attributes of a node: tensors, plain values of a Constant node, lists of ai.onnx.ml."""
+    constant = operator(node) == "Constant" and bool(node.output)
+    for position, item in enumerate(node.attribute):
+        name = node.output[0] if constant else item.name
+        for place in attribute_places(node, item, "", (*path, (ATTRIBUTE, position)) if path else ()):
+            if not place.label.endswith(".indices"):
+                # Whole numbers in a list are a part of a model of ai.onnx.ml, and a shape or axes elsewhere.
+                weight = place.data_type in _WEIGHTS or (node.domain == _ML and bool(place.field))
+                yield _held(name, place.data_type, place.shape, place.path if path else (), weight=weight)
 
-    Args:
-        item: the attribute.
-        domain: that of its node.
-        named: what the Constant node that it belongs to writes; None where it belongs to another node.
-    """
-    name = item.name if named is None else named
-    if item.HasField("t"):
-        yield _tensor(name, item.t)
-    if item.HasField("sparse_tensor"):
-        yield _sparse(name, item.sparse_tensor)
-    for tensor in item.tensors:
-        yield _tensor(name, tensor)
-    for sparse in item.sparse_tensors:
-        yield _sparse(name, sparse)
-    if named is not None and item.name in _SCALARS:
-        yield Held(name, _SCALARS[item.name], (), 1, False)
-    elif domain == _ML or named is not None:
-        for values, kind in ((item.floats, "float32"), (item.ints, "int64")):
-            if len(values):
-                weight = len(values) > 1 and (kind == "float32" or domain == _ML)
-                yield Held(name, kind, (len(values),), len(values), weight)
+
+def _held(name: str, data_type: int, shape: tuple[int, ...], path: wire.Path, *, weight: bool) -> Held:
+    count = 0 if data_type == onnx.TensorProto.STRING else int(np.prod(shape, dtype=np.int64))
+    return Held(name, element_type(data_type), shape, count, weight and bool(shape) and count > 1, path)

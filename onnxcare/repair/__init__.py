@@ -56,8 +56,9 @@ def hindrances(anatomy: Anatomy, layer: Layer) -> dict[str, str | None]:
 def changing_beside_layers(anatomy: Anatomy, outputs: Collection[str]) -> list[str]:
     """Return the methods that change a node which is no layer, but goes with one; it is known by what it writes."""
     modules = {method: import_module(name) for method, name in METHODS.items()}
-    able = [method for method, module in modules.items() if hasattr(module, "beside_layers")]
-    return [method for method in able if not set(outputs).isdisjoint(modules[method].beside_layers(anatomy))]
+    able = {method: module for method, module in modules.items() if hasattr(module, "beside_layers")}
+    beside = {method: anatomy.once(method, partial(module.beside_layers, anatomy)) for method, module in able.items()}
+    return [method for method, written in beside.items() if not set(outputs).isdisjoint(written)]
 
 
 def hindrances_at(anatomy: Anatomy, site: Site) -> dict[str, str | None]:

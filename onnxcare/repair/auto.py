@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from onnxcare.backward import tunable
 from onnxcare.case import Case
 from onnxcare.errors import DataError, ModelError
 from onnxcare.graph.anatomy import Anatomy
@@ -40,9 +41,9 @@ def repair(case: Case) -> Repair:
     """Find the best change, see the module's docstring.
 
     Raises:
-        ModelError: the model has no layer whose weights can be rewritten, or no strategy could be tried.
+        ModelError: the model has no weights that can be rewritten, or no strategy could be tried.
     """
-    if all(layer.refusal is not None for layer in case.experiment.layers):
+    if not tunable(case.experiment):
         experiment = case.experiment
         why = why_none(experiment.form.view, experiment.layers, "it has no Gemm, MatMul or Conv with constant weights")
         raise ModelError(f"{experiment.model.path}: no layer can be repaired: {why}")
@@ -79,7 +80,12 @@ def repair(case: Case) -> Repair:
 
 def hindrance(anatomy: Anatomy, layer: Layer) -> str | None:
     """Say why no strategy can change a layer; None if one can."""
-    return layer.refusal
+    return network_finetune.hindrance(anatomy, layer) if layer.tied else layer.refusal
+
+
+def beside_layers(anatomy: Anatomy) -> list[str | None]:
+    """Return what nodes write that some strategy changes beside layers."""
+    return network_finetune.beside_layers(anatomy)
 
 
 def _worth_it(found: Outcome, before: Outcome, further: bool) -> bool:

@@ -53,7 +53,9 @@ def hindrance(anatomy: Anatomy, layer: Layer) -> str | None:
 def beside_layers(anatomy: Anatomy) -> list[str | None]:
     """Return what nodes write that are changed beside layers."""
     last = pruning.last_prunable(anatomy)
-    return [] if last is None else [pruning.normalised_behind(anatomy, last)]
+    if last is None:
+        return []
+    return [pruning.normalised_behind(anatomy, last), *network_finetune.beside_layers(anatomy)]
 
 
 def applies(case: Case) -> bool:

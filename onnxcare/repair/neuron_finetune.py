@@ -80,8 +80,9 @@ def hindrance(anatomy: Anatomy, layer: Layer) -> str | None:
 
 
 def applies(case: Case) -> bool:
-    """Return whether some property has bad samples that could take their activations from elsewhere."""
-    return any(item.transplantable and len(item.evidence("repair").bad) for item in case.properties)
+    """Return whether some property has bad samples that could take their activations from elsewhere, in some layer."""
+    taken = any(item.transplantable and len(item.evidence("repair").bad) for item in case.properties)
+    return taken and bool(case.experiment.open_layers)
 
 
 def propose(case: Case, locators: Sequence[str] = DEFAULT_OF_WEIGHTS) -> Proposals:

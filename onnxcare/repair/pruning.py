@@ -82,7 +82,7 @@ def hindrance(anatomy: Anatomy, layer: Layer) -> str | None:
     """Say why no channel of a layer can be pruned; None if they can."""
     if layer.refusal is not None:
         return layer.refusal
-    if layer not in _hidden(anatomy):
+    if all(layer.name != other.name for other in _hidden(anatomy)):
         if layer.convolution or not any(other.convolution for other in _hidden(anatomy)):
             return "no other layer reads its units where they could be pruned"
         return "channels of convolutions are pruned where there are some"
@@ -108,9 +108,13 @@ def normalised_behind(anatomy: Anatomy, layer: Layer) -> str | None:
 
 def _hidden(anatomy: Anatomy) -> list[Layer]:
     """Return the hidden convolutions, or the hidden dense layers where there are none."""
-    written = {name for site in anatomy.sites for name in site.writers}
-    hidden = [layer for layer in anatomy.layers if layer.name in written]
-    return [layer for layer in hidden if layer.convolution] or hidden
+
+    def find() -> list[Layer]:
+        written = {name for site in anatomy.sites for name in site.writers}
+        hidden = [layer for layer in anatomy.layers if layer.name in written]
+        return [layer for layer in hidden if layer.convolution] or hidden
+
+    return anatomy.once(__name__, find)
 
 
 def _anatomy(case: Case) -> Anatomy:

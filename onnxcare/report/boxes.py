@@ -18,7 +18,10 @@ from onnxcare.graph.view import GraphView, operator
 # With more boxes than this, steps are folded.
 FOLDED_FROM = 48
 # More of them no browser shows in a useful way.
-MOST = 1500
+MOST = 800
+# A tensor that more boxes read gets an arrow to the nearest one alone, unless they are close; and all arrows together
+# may pass by so many rows of boxes, for placing more takes minutes.
+READERS, _PASSED = 8, 4000
 # So many steps become one box at most, and so far apart in the file their nodes may be.
 _STEPS, _APART = 64, 256
 # What a reader looks for never becomes a step among others.
@@ -77,6 +80,33 @@ def boxes_of(view: GraphView, layers: Iterable[Layer], sites: Collection[str], t
         groups = _Folding(view, groups, sites, tables).result()
     beyond = sum(len(group.nodes) for group in groups[MOST:])
     return Boxes(groups[:MOST], len(shapes), beyond)
+
+
+def without_arrows(pairs: Sequence[tuple[int, int, str]], kept: Collection[str]) -> set[tuple[int, int, str]]:
+    """Return the arrows that would lead past too much: the boxes they lead to have to name what they read.
+
+    Args:
+        pairs: source, target and tensor of every arrow; boxes are numbered in graph order.
+        kept: tensors that keep their arrows as long as there is room.
+    """
+    row: dict[int, int] = {}
+    for source, target, _ in sorted(pairs, key=lambda item: item[1]):
+        row[target] = max(row.get(target, 0), row.get(source, 0) + 1)
+    far: dict[str, list[tuple[int, int, str]]] = {}
+    passed: dict[str, int] = {}
+    for pair in pairs:
+        source, target, name = pair
+        far.setdefault(name, []).append(pair)
+        passed[name] = passed.get(name, 0) + max(0, row[target] - row.get(source, 0) - 1)
+    wide = {name for name, mine in far.items() if len(mine) > READERS and passed[name] > len(mine) and name not in kept}
+    room = _PASSED - sum(rows for name, rows in passed.items() if name not in wide)
+    for name in sorted(passed, key=lambda name: -passed[name]):
+        if room >= 0:
+            break
+        if name not in wide:
+            wide.add(name)
+            room += passed[name]
+    return {pair for name in wide for pair in sorted(far[name], key=lambda item: row[item[1]])[1:]}
 
 
 def _shape_arithmetic(view: GraphView, drawn: Iterable[int]) -> set[int]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from itertools import groupby
 
 import onnx
@@ -17,12 +18,12 @@ from onnxcare.inspection.base import Inspection, LayerInfo, Methods, Shape, Site
 from onnxcare.inspection.constants import formal_name
 from onnxcare.inspection.values import declared_values
 from onnxcare.report import svg
-from onnxcare.report.boxes import Boxes, Group, boxes_of
+from onnxcare.report.boxes import Boxes, Group, boxes_of, without_arrows
 from onnxcare.report.svg import Arrow, Box, Line
 
 # So many constants are listed in a box, so many values of a short one, so many operators of a folded one.
 _LISTED, _VALUES, _STEPS = 5, 4, 3
-_REASON = 40
+_REASON, _PRODUCER = 40, 60
 _TIMES = "\N{MULTIPLICATION SIGN}"
 
 _LEGEND = {
@@ -32,8 +33,8 @@ _LEGEND = {
     "holder": "other node with weights",
     "plain": "other node",
     "stack": "several nodes in one box",
-    "site": "site, with its units: multipliers on them can be folded into what reads them",
-    "closed": "site whose units can be intervened on, but not scaled",
+    "site": "site, with the number of its units",
+    "closed": "site whose units cannot be scaled in what reads them",
 }
 
 
@@ -53,25 +54,31 @@ class _Picture:
         self._inspection = inspection
         self._view = view = anatomy.view
         self._values: Mapping[str, Value] = declared_values(inferred(model.proto).graph)
-        self._rows = {row.output.name: row for row in inspection.layers if not row.inside and row.output is not None}
+        mine = [row for row in inspection.layers if not row.inside]
+        self._layers = {row.name: row for row in mine if row.layer}
+        self._rows = {row.output.name: row for row in mine if row.output is not None and not row.layer}
         self._sites = {site.tensor: site for site in inspection.sites}
         self._functions = {(item.domain, item.name): len(item.node) for item in model.proto.functions}
         tables = {view.producer[name] for name, row in self._rows.items() if row.operator == "Gather"}
+        self._named: set[tuple[int, int, str]] = set()
         self._boxes: Boxes = boxes_of(view, anatomy.layers, self._sites, tables)
 
     def render(self) -> str:
         """Return the drawing."""
-        groups = self._boxes.groups
-        drawn = [_port(value, "input") for value in self._inspection.inputs]
-        made = {value.name: index for index, value in enumerate(self._inspection.inputs)}
-        for group in groups:
-            made |= {name: len(drawn) for index in group.nodes for name in self._view.nodes[index].output if name}
-            drawn.append(self._box(group))
-        pairs = list(self._pairs(made, len(self._inspection.inputs)))
-        for value in self._inspection.outputs:
+        groups, inputs, outputs = self._boxes.groups, self._inspection.inputs, self._inspection.outputs
+        made = {value.name: index for index, value in enumerate(inputs)}
+        for number, group in enumerate(groups, len(inputs)):
+            made |= {name: number for index in group.nodes for name in self._view.nodes[index].output if name}
+        pairs = list(self._pairs(made, len(inputs)))
+        for number, value in enumerate(outputs, len(inputs) + len(groups)):
             if value.name in made:
-                pairs.append((made[value.name], len(drawn), value.name))
-            drawn.append(_port(value, "output"))
+                pairs.append((made[value.name], number, value.name))
+        self._named = without_arrows(pairs, self._sites)
+        drawn = [_port(value, "input") for value in inputs]
+        for group in groups:
+            drawn.append(self._with_names(len(drawn), self._box(group)))
+        drawn += [_port(value, "output") for value in outputs]
+        pairs = [pair for pair in pairs if pair not in self._named]
         return svg.render(
             svg.Sheet(
                 title=self._inspection.file.path.rpartition("/")[2],
@@ -85,12 +92,17 @@ class _Picture:
 
     # -- boxes -----------------------------------------------------------------------------------
 
+    def _with_names(self, number: int, box: Box) -> Box:
+        """Return a box with the names of what it reads without an arrow."""
+        names = [as_text(name) for _, target, name in sorted(self._named) if target == number]
+        return replace(box, lines=[*box.lines, *(Line("name", f"reads {name}") for name in names)]) if names else box
+
     def _box(self, group: Group) -> Box:
         nodes = [(index, self._view.nodes[index]) for index in group.nodes]
         if len(nodes) > 1 and group.layer is None:
             return self._folded(nodes)
         _, node = nodes[0]
-        row = self._row(nodes)
+        row = self._row(nodes) if group.layer is None else self._layers.get(group.layer.name)
         head = " + ".join(operator_name(item) for _, item in nodes)
         lines = [Line("head", head)]
         if node.name:
@@ -204,7 +216,8 @@ class _Picture:
         opset = file.opsets.get("ai.onnx")
         parts = [f"{self._inspection.nodes:,} nodes", f"{self._inspection.numbers:,} numbers"]
         parts += [f"opset {opset}"] if opset is not None else []
-        return ", ".join([*parts, *([f"from {file.producer}"] if file.producer else [])])
+        parts += [f"from {as_text(file.producer)[:_PRODUCER]}"] if file.producer else []
+        return ", ".join(parts)
 
     def _legend(self, boxes: Iterable[Box]) -> list[tuple[str, str]]:
         kinds = {box.kind for box in boxes}
@@ -213,12 +226,16 @@ class _Picture:
         return [(kind, text) for kind, text in _LEGEND.items() if kind in kinds]
 
     def _notes(self) -> list[str]:
-        boxes, found = self._boxes, []
+        boxes, found = self._boxes, list[str]()
+        if self._inspection.file.functions or self._inspection.file.quantised:
+            found.append("Functions are drawn as what is in them, quantised operators as what they compute.")
         if boxes.folded:
             nodes = sum(len(group.nodes) for group in boxes.folded)
             found.append(f"{nodes:,} nodes are folded into {len(boxes.folded):,} boxes.")
         if boxes.shapes:
             found.append(f"{boxes.shapes:,} nodes that only work out shapes are left out.")
+        if self._named:
+            found.append(f"{len(self._named):,} long arrows are left out; the boxes they lead to name what they read.")
         if boxes.beyond:
             found.append(f"The drawing ends here; {boxes.beyond:,} further nodes are left out.")
         return found

@@ -13,7 +13,7 @@ from xml.sax.saxutils import escape
 
 import graphlay
 
-from onnxcare.report.words import one_line
+from onnxcare.report.words import one_line, writable
 
 Point = tuple[float, float]
 
@@ -175,7 +175,7 @@ def _size(box: Box) -> tuple[float, float]:
 
 def _label_size(arrow: Arrow) -> tuple[float, float]:
     width = max(
-        _width("data", arrow.label) + 6 if arrow.label else 0.0,
+        _width("data", _cut(arrow.label)) + 6 if arrow.label else 0.0,
         _width("word", arrow.mark) + 2 * _MARK_PAD if arrow.mark else 0.0,
     )
     return width, (_LABEL_HEIGHT if arrow.label else 0.0) + (_MARK_HEIGHT if arrow.mark else 0.0)
@@ -192,7 +192,8 @@ def _width_of_header(sheet: Sheet) -> float:
 
 
 def _cut(text: str) -> str:
-    """Return a text that is not too long: ends of names tell more than beginnings."""
+    """Return a text in one line that is not too long: ends of names tell more than beginnings."""
+    text = one_line(text)
     return text if len(text) <= _LONGEST else f"…{text[1 - _LONGEST :]}"
 
 
@@ -235,9 +236,9 @@ def _labels(sheet: Sheet, placed: graphlay.Layout, shift: Point) -> Iterable[str
         told = f"<title>{_text(arrow.told)}</title>" if arrow.told else ""
         yield f'<g class="{arrow.kind}">{told}'
         if arrow.label:
-            width = _width("data", arrow.label) + 6
+            width = _width("data", _cut(arrow.label)) + 6
             yield _rect(x - width / 2, top, width, _LABEL_HEIGHT, 0, "page")
-            yield f'<text class="shape" x="{_n(x)}" y="{_n(top + 11.5)}">{_text(arrow.label)}</text>'
+            yield f'<text class="shape" x="{_n(x)}" y="{_n(top + 11.5)}">{_text(_cut(arrow.label))}</text>'
             top += _LABEL_HEIGHT
         if arrow.mark:
             yield _mark(x, top, arrow.mark)
@@ -320,7 +321,7 @@ def _n(number: float) -> str:
 
 
 def _text(text: str) -> str:
-    return escape("\n".join(one_line(line) for line in text.split("\n")))
+    return escape(writable(text))
 
 
 # -- colours -------------------------------------------------------------------------------------

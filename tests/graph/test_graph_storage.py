@@ -219,6 +219,20 @@ def test_a_linear_classifier_is_a_layer(post: str, mapped: bool, tmp_path: Path)
     np.testing.assert_array_equal(decided, expected.argmax(axis=1))
 
 
+@pytest.mark.parametrize("labels", ["classlabels_int64s = [7, 2, 9, 4]", 'classlabels_strings = ["d", "a", "c", "b"]'])
+def test_maps_come_in_the_order_of_their_keys(labels: str, tmp_path: Path) -> None:
+    key = "int64" if "int64s" in labels else "string"
+    proto = build(
+        f"""g (float[N, 6] x) => (seq(map({key}, float)) y) {{
+            z = MatMul (x, W) p = Softmax (z) y = ai.onnx.ml.ZipMap <{labels}> (p) }}""",
+        {"W": W},
+    )
+    x = x_of(proto)
+    expected = [[one[label] for label in sorted(one)] for one in run(proto, x)[0]]
+    experiment = Experiment(save(proto, tmp_path), "cpu", 1 << 26, x)
+    np.testing.assert_allclose(experiment.scores(x).argmax(axis=1), np.argmax(expected, axis=1))
+
+
 def test_a_scaler_and_a_normalizer_are_steps_like_others(tmp_path: Path) -> None:
     proto = build(
         """g (float[N, 6] x) => (float[N, 4] y) {

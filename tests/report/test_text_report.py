@@ -10,7 +10,6 @@ from cases import SQUARE
 from rich.console import Console
 
 import onnxcare
-from onnxcare.graph.outside import Outside
 from onnxcare.measures import Finding, Gauge, Measure, Verdict
 from onnxcare.panel import Outcome
 from onnxcare.repair.base import Candidate, Edit
@@ -232,20 +231,6 @@ def test_measures_with_brackets_are_printed_as_they_are():
     shown = printed(text.show_check, check(found, "[bold]base[/nothing].onnx"))
     assert shown.count(name) == 5  # both in the table and among what is undecided, one among what got worse
     assert "[bold]base[/nothing].onnx" in shown
-
-
-def test_inspection_names_layers_and_reasons():
-    shown = printed(text.show_inspection, onnxcare.inspect(SQUARE / "model.onnx"))
-    for expected in ("/dense1/Gemm", "/pool2/MaxPool_output_0", "opset 17", "input image: float32"):
-        assert expected in shown
-
-
-def test_inspection_tells_what_is_no_layer():
-    inspection = onnxcare.inspect(SQUARE / "model.onnx")
-    assert "outside the layers" not in printed(text.show_inspection, inspection)
-    inspection = dataclasses.replace(inspection, outside=(Outside("[red]cell[/nothing]", "LSTM", "no such thing"),))
-    shown = printed(text.show_inspection, inspection)
-    assert row(shown, "cell") == ["[red]cell[/nothing]", "LSTM", "no such thing"]
 
 
 def test_location_lists_sites_and_units():
