@@ -17,24 +17,8 @@ Draw = Callable[..., Any]
 
 # Lengths, numbers and field keys at the ends of their ranges.
 _EXTREMES = (
-    0,
-    1,
-    2,
-    3,
-    7,
-    127,
-    128,
-    255,
-    2**15,
-    2**31 - 1,
-    2**31,
-    2**32 - 1,
-    2**40,
-    2**63 - 1,
-    2**63,
-    2**64 - 1,
-    2**70,
-)
+    0, 1, 2, 3, 7, 127, 128, 255, 2**15, 2**31 - 1, 2**31, 2**32 - 1, 2**40, 2**63 - 1, 2**63, 2**64 - 1, 2**70
+)  # fmt: skip
 _WORDS = (
     ".nan", ".inf", "-1", "0", "1e309", "null", "true", "[]", "{}", "''", "!!python/object:os.system x", "&a [*a]",
     "*b", "\t", "'", "\x00", "- - -", "? x", "<<: {}", "9" * 21, "/", "../../etc/passwd", "model.onnx", "care.yaml",
