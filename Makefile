@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 PYTHON ?= $(shell for p in python3 python3.14 python3.13 python3.12 python3.11 python; do \
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
 
-.PHONY: demo test test-slow bench bench-samples bench-repair lint format clean
+.PHONY: demo test test-slow bench bench-samples bench-repair bench-third-party lint format clean
 
 demo: $(VENV)/.installed
 	$(BIN)/onnxcare demo
@@ -25,6 +25,9 @@ bench-samples: $(VENV)/.installed
 
 bench-repair: $(VENV)/.installed
 	$(BIN)/python benchmarks/repair.py
+
+bench-third-party: $(VENV)/.installed-bench
+	$(BIN)/python -m benchmarks.third_party
 
 lint: $(VENV)/.installed-test
 	$(BIN)/ruff check .

@@ -17,13 +17,16 @@ from onnxcare._version import __version__
 
 if TYPE_CHECKING:
     from onnxcare.api import check, fix, inspect, load, locate
+    from onnxcare.files import apply, diff
     from onnxcare.pool import Pool
 
-__all__ = ["Pool", "__version__", "check", "fix", "inspect", "load", "locate"]
+__all__ = ["Pool", "__version__", "apply", "check", "diff", "fix", "inspect", "load", "locate"]
+
+_MODULES = {"Pool": "onnxcare.pool", "apply": "onnxcare.files", "diff": "onnxcare.files"}
 
 
 def __getattr__(name: str) -> Any:
     """Import what is public when it is asked for."""
     if name in __all__:
-        return getattr(import_module("onnxcare.pool" if name == "Pool" else "onnxcare.api"), name)
+        return getattr(import_module(_MODULES.get(name, "onnxcare.api")), name)
     raise AttributeError(f"module 'onnxcare' has no attribute {name!r}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import time
 from collections.abc import Sequence
@@ -13,17 +14,19 @@ import numpy as np
 from onnxcare import repair as methods
 from onnxcare._version import __version__
 from onnxcare.case import Case, Progress
+from onnxcare.comparison import comparable
 from onnxcare.diagnosis import reasons
 from onnxcare.errors import DataError, ModelError, UsageError
 from onnxcare.experiment import judged_output
 from onnxcare.findings import optimisation_findings, static_findings
-from onnxcare.graph.model import Model, check_same_signature, load_model
+from onnxcare.graph.model import Model, load_model
 from onnxcare.graph.patch import (
     Patch,
     TensorChange,
     check_output,
     publish,
     staged,
+    staged_file,
     with_metadata,
     write_atomically,
 )
@@ -36,8 +39,9 @@ from onnxcare.locators.pairs import need_pairs
 from onnxcare.locators.race import Rules
 from onnxcare.locators.select import attribute_sites, select_units
 from onnxcare.measures import CONFIDENCE, Gauge, Verdict
+from onnxcare.patchfile.make import make_patch
 from onnxcare.pool import Pool
-from onnxcare.prepare import Setup, check_inputs, prepare
+from onnxcare.prepare import Setup, prepare
 from onnxcare.properties.suspicion import RestoredBackdoor
 from onnxcare.repair.base import Repair
 from onnxcare.report.picture import picture
@@ -57,7 +61,7 @@ _TRIED, _SAME = 3, 1e-4
 _JUDGE = 1_000_003
 
 
-def _silent(text: str) -> None:
+def silent(text: str) -> None:
     """Ignore progress."""
 
 
@@ -70,13 +74,28 @@ def load(model: str | Path) -> Model:
     return load_model(model)
 
 
-def inspect(model: str | Path) -> Inspection:
-    """Return what a model consists of: signature, layers, sites, and what can be repaired.
+def inspect(model: str | Path, *, picture: str | Path | None = None) -> Inspection:
+    """Return what a model consists of: signature, layers, sites, and what can be repaired by which method.
+
+    Args:
+        model: path of the ONNX file; only its weights in the file itself are read.
+        picture: where a drawing of the graph goes, an SVG file; None for none.
 
     Raises:
         ModelError: the file cannot be used.
+        UsageError: the drawing cannot be written there.
     """
-    return inspect_model(load_model(model))
+    if picture is not None:
+        check_output(Path(picture), [], Path(model), in_place=False)
+    loaded = load_model(model)
+    found = inspect_model(loaded)
+    if picture is not None:
+        from onnxcare.report import graph_picture
+
+        if Path(picture).exists():
+            check_output(Path(picture), list(loaded.external_files()), Path(model), in_place=False)
+        write_atomically(Path(picture), graph_picture.draw(loaded, found))
+    return found
 
 
 @few_blas_threads()
@@ -94,7 +113,7 @@ def locate(
     confidence: float = CONFIDENCE,
     exact: bool = False,
     pool: Pool | None = None,
-    progress: Progress = _silent,
+    progress: Progress = silent,
 ) -> Location:
     """Rank hidden units by how much they carry the misbehaviour.
 
@@ -202,11 +221,12 @@ def fix(
     device: str = "auto",
     memory: str | None = None,
     in_place: bool = False,
+    patch: str | Path | None = None,
     best_effort: bool = False,
     layers: Sequence[str] = (),
     max_changed: int | None = None,
     pool: Pool | None = None,
-    progress: Progress = _silent,
+    progress: Progress = silent,
 ) -> Fix:
     """Repair a model, judge the repair on held-out data, and write it if the verdict is good.
 
@@ -220,6 +240,8 @@ def fix(
         device: `auto`, `cpu` or `cuda`.
         memory: bound on the memory of activations, such as `2GiB`; None means half of what is free.
         in_place: allow `out` to be the model itself.
+        patch: where the repair goes as a patch file, which `apply` takes; None for nowhere. It is written where the
+            model is.
         best_effort: write the model even if the verdict is not good.
         layers: names of the layers that may be changed, or patterns such as `block3*`; none for all.
         max_changed: at most so many values may be changed; None for no limit.
@@ -241,6 +263,8 @@ def fix(
         raise UsageError(f"--max-changed {max_changed}: at least one value has to be allowed to change")
     setup = prepare(model, spec, seed, device, memory, progress)
     case, loaded = replace(setup.case, max_changed=max_changed), setup.model
+    if patch is not None:
+        _check_patch(Path(patch), [Path(spec), Path(model), *wanted.files()], target, loaded)
     case.experiment.pool = pool
     if layers:
         case = replace(case, experiment=case.experiment.only(layers))
@@ -258,23 +282,24 @@ def fix(
         )
     found = run_method(case)
     case.experiment.make_room()
-    patch = Patch(found.values)
-    data = patch.apply(loaded)
+    change = Patch(found.values)
+    data = change.apply(loaded)
     entries = _provenance(setup, found)
     progress("judging the repaired file on held-out data")
     with staged(loaded, with_metadata(data, entries), target) as path:
-        verdict = _judge(case, setup.spec, original, _witness(case, load_model(path)))
+        verdict = _judge(case, setup.spec, original, _witness(case, load_model(path, loaded.axes)))
         status = _status(verdict, found)
         triggers = _save_triggers(case, target)
         written = None
         if verdict.passed or (best_effort and found.values):
             written = with_metadata(data, entries | {"verdict": status})
-            publish(loaded, path, written, target)
+            with _patch_file(patch, loaded, written):
+                publish(loaded, path, written, target)
     if status != "repaired":
         progress("looking for the reason")
         found = replace(found, notes=(*found.notes, *reasons(case, found)))
-    changes = patch.summary(loaded)
-    return _result(setup, status, method, verdict, found, (Path(out), written), changes, started, triggers)
+    changes = change.summary(loaded)
+    return _result(setup, status, method, verdict, found, (Path(out), written, patch), changes, started, triggers)
 
 
 @few_blas_threads()
@@ -286,7 +311,7 @@ def check(
     seed: int | None = None,
     device: str = "auto",
     memory: str | None = None,
-    progress: Progress = _silent,
+    progress: Progress = silent,
 ) -> Check:
     """Measure every property and guard of a model, and look at its graph; nothing is changed or written.
 
@@ -315,7 +340,7 @@ def check(
     findings = static_findings(Path(model))
     if any(item.rule in _NOT_TO_BE_RUN for item in findings):
         return Check(None, str(model), str(spec), None, confidence, None, findings, time.monotonic() - started)
-    judged = None if baseline is None else _comparable(model, baseline)
+    judged = None if baseline is None else comparable(model, baseline, wanted.sample_axes)[0]
     # What counts as the original's errors and the like is the baseline's business, where there is one.
     setup = prepare(model if baseline is None else baseline, spec, seed, device, memory, progress)
     case = setup.case
@@ -331,6 +356,7 @@ def check(
         experiment.output,
         experiment.device,
         decide=lambda answers: decision.scores(answers).argmax(axis=-1),
+        axes=judged.axes,
     )
     progress("measuring on held-out data")
     before = None if baseline is None else _witness(case, setup.model)
@@ -338,29 +364,6 @@ def check(
     run = replace(setup.run, model=str(model), sha256=judged.sha256)
     against = None if baseline is None else str(baseline)
     return Check(run, str(model), str(spec), against, confidence, verdict, findings, time.monotonic() - started)
-
-
-def _comparable(model: str | Path, baseline: str | Path) -> Model:
-    """Return the model after checking that it takes and gives what the baseline does, so that one data set fits both.
-
-    Raises:
-        ModelError: it does not.
-    """
-    judged, other = load_model(model), load_model(baseline)
-    check_inputs(judged)
-    for mine in judged.inputs:
-        for yours in other.inputs:
-            fixed = zip(mine.shape[1:], yours.shape[1:], strict=False)
-            same = len(mine.shape) == len(yours.shape) and all(
-                here == there for here, there in fixed if isinstance(here, int) and isinstance(there, int)
-            )
-            if mine.name == yours.name and not (same and mine.dtype == yours.dtype):
-                raise ModelError(
-                    f"{judged.path}: its input {mine.name!r} takes {mine.dtype} {list(mine.shape)}, but that of "
-                    f"{other.path} {yours.dtype} {list(yours.shape)}; they cannot be compared"
-                )
-    check_same_signature(judged, other)
-    return judged
 
 
 def _check_answers(judged: Model, case: Case) -> None:
@@ -372,7 +375,7 @@ def _check_answers(judged: Model, case: Case) -> None:
     experiment = case.experiment
     judged_output(judged, experiment.output, experiment.decision)
     few = case.splits.holdout.take(slice(0, _TRIED)).inputs
-    session = Session(judged.path, experiment.device)
+    session = Session(judged.path, experiment.device, axes=judged.axes)
     one, several = (session.run_rows(few, [experiment.output], rows_per_run=rows)[0] for rows in (1, _TRIED))
     classes = experiment.decision.of_output().scores(one).shape[-1]
     if classes != experiment.classes:
@@ -411,8 +414,23 @@ def _provenance(setup: Setup, found: Repair) -> dict[str, str]:
         "parent_sha256": setup.model.sha256,
         "method": found.method,
         "seed": str(setup.run.seed),
-        "patched_tensors": ",".join(parameter.name for parameter in found.values),
+        "patched_tensors": ",".join(parameter.storage.name for parameter in found.values),
     }
+
+
+def _check_patch(file: Path, taken: Sequence[Path], out: Path, model: Model) -> None:
+    """Make sure, before any work is done, that the patch file can be written and overwrites nothing of this run."""
+    copies = [out.parent / path.relative_to(model.path.parent) for path in model.external_files()]
+    if file.resolve() in (out, *(path.resolve() for path in copies)):
+        raise UsageError(f"{file}: is a file of the repaired model; name another file for the patch")
+    check_output(file, [*taken, *model.external_files()], model.path, in_place=True)
+
+
+def _patch_file(file: str | Path | None, model: Model, data: bytes) -> contextlib.AbstractContextManager[None]:
+    """Write what makes these bytes of the model as a patch file, once what is done meanwhile has ended well."""
+    if file is None:
+        return contextlib.nullcontext()
+    return staged_file(Path(file).resolve(), make_patch(model, data).to_bytes())
 
 
 def _check_triggers(out: Path, spec: Spec) -> None:
@@ -447,18 +465,19 @@ def _result(
     method: str,
     verdict: Verdict,
     found: Repair | None,
-    written: tuple[Path, bytes | None] | None,
+    written: tuple[Path, bytes | None, str | Path | None] | None,
     changes: Sequence[TensorChange],
     started: float,
     triggers: Sequence[SavedTrigger] = (),
 ) -> Fix:
-    path, data = written if written is not None else (None, None)
+    path, data, patch = written if written is not None else (None, None, None)
     return Fix(
         run=setup.run,
         status=status,
         method=method,
         output=str(path) if data is not None else None,
         output_sha256=hashlib.sha256(data).hexdigest() if data is not None else None,
+        patch_file=str(patch) if data is not None and patch is not None else None,
         verdict=verdict,
         patch=changes,
         chosen=found.chosen if found else None,

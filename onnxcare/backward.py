@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
@@ -10,12 +11,11 @@ from onnxcare.data import Inputs
 from onnxcare.errors import ModelError
 from onnxcare.experiment import Experiment
 from onnxcare.graph import surgery
+from onnxcare.graph.anatomy import Anatomy
 from onnxcare.graph.gradients import Gradients, NoGradient, WeightGradients
 from onnxcare.graph.layers import Layer
 from onnxcare.graph.parameters import Parameter
 from onnxcare.graph.sites import Site
-from onnxcare.graph.view import GraphView
-from onnxcare.graph.weights import find_weights
 from onnxcare.runtime import Session, batches
 from onnxcare.suffix import Activations
 
@@ -114,8 +114,14 @@ class Network:
         else:
             part, _ = surgery.part_behind(experiment.copy, tensor, experiment.logits, what)
         held = {item.name for item in part.graph.initializer}
+        reads = Counter(name for node in part.graph.node for name in node.input)
         self.layers = [layer for layer in experiment.open_layers if layer.weight.name in held]
-        self.groups = [group for group in tunable(experiment) if all(parameter.name in held for parameter in group)]
+        # What is read in front of the cut as well, or by another branch, would change more than is seen here.
+        self.groups = [
+            group
+            for group in tunable(experiment)
+            if all(item.name in held and reads[item.name] == len(item.users) for item in group)
+        ]
         if not self.groups:
             raise NoGradient("no weights can be rewritten")
         self.parameters = tuple(parameter for group in self.groups for parameter in group)
@@ -154,14 +160,9 @@ class Network:
 
 
 def tunable(experiment: Experiment) -> list[tuple[Parameter, ...]]:
-    """Return the weights that a gradient may move, those of a node together and the largest first.
-
-    Beside the layers' these are those of other operators, unless the user left layers out.
-    """
-    layers = [(layer.weight, layer.bias) for layer in experiment.open_layers]
-    groups = [tuple(parameter for parameter in pair if parameter is not None) for pair in layers]
-    known = {p.name for layer in experiment.layers for p in (layer.weight, layer.bias) if p is not None}
-    return groups + [item.parameters for item in find_weights(GraphView(experiment.model.proto), known)]
+    """Return the weights that a gradient may move, those of a node together and the largest first."""
+    form = experiment.form
+    return Anatomy(form.view, form.parameters, experiment.layers, experiment.sites).groups
 
 
 def input_gradients(experiment: Experiment) -> Gradients:

@@ -1,35 +1,31 @@
 """The command line: parse, call the API, print, exit. Results go to standard output, everything else to standard error.
 
-Exit codes: 0 repaired or passed, 1 not repaired or a property fails, 2 wrong usage or spec, 3 model or data that cannot
-be used, 4 internal error, 5 workers lost, 130 interrupted.
+Exit codes: 0 repaired, passed or the same, 1 not repaired, a property fails or files differ, 2 wrong usage or spec,
+3 model or data that cannot be used, 4 internal error, 5 workers lost, 130 interrupted.
 """
 
 from __future__ import annotations
 
 import contextlib
-import io
-import os
-import sys
 import tempfile
-import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import click
 
 from onnxcare._version import __version__
-from onnxcare.errors import ModelError, OnnxcareError, UsageError
+from onnxcare.errors import ModelError, UsageError
+from onnxcare.terminal import Commands, announce, console, status_line
 
 if TYPE_CHECKING:
-    from rich.console import Console
-
     from onnxcare.pool import Pool
 
 # Kept here so that --help needs no heavy import; a test compares them with the registries.
 METHODS = ("auto", "care", "ai-lancet-flip", "ai-lancet-finetune", "clp", "fine-pruning", "fine-tuning")
 LOCATORS = ("auto", "causal", "interchange", "differential")
 FORMATS = ("text", "json", "junit", "sarif")
+INSPECT_FORMATS = ("text", "json")
 
 # The package itself checks every path, so that the same fault has the same message and exit code everywhere.
 _path = click.Path(path_type=Path, readable=False)
@@ -54,52 +50,7 @@ _scheduler = click.option(
 _workers = click.option("--workers", metavar="N", type=click.IntRange(min=1), help="Or with N processes here.")
 
 
-class _Commands(click.Group):
-    """Explains errors in one line and gives each kind its exit code."""
-
-    def main(self, *args: Any, **kwargs: Any) -> Any:
-        if not sys.warnoptions:
-            warnings.simplefilter("ignore")  # such as numpy's, on candidates that overflow
-        # Python has none where a shell closed them (>&-): what is printed is meant for nobody then.
-        sys.stdout, sys.stderr = sys.stdout or io.StringIO(), sys.stderr or io.StringIO()
-        try:
-            # click hands back the exit code; python -m would drop it.
-            sys.exit(super().main(*args, **{**kwargs, "standalone_mode": False}))
-        except click.ClickException as error:
-            error.show()
-            sys.exit(error.exit_code)
-        except OnnxcareError as error:
-            _complain(str(error), error)
-            sys.exit(error.exit_code)
-        except (KeyboardInterrupt, click.Abort):
-            _complain("interrupted; no half-written file is left")
-            sys.exit(130)
-        except MemoryError as error:
-            what = str(error) or "an array does not fit"
-            _complain(f"not enough memory: {what}; give less data, or fewer samples", error)
-            sys.exit(3)
-        except OSError as error:
-            # A full disk behind standard output, a name too long and the like; click itself sees to broken pipes.
-            _complain(str(error), error)
-            sys.exit(2)
-        except Exception as error:
-            _complain(
-                f"internal error: {type(error).__name__}: {error}; please report it "
-                "(ONNXCARE_TRACEBACK=1 shows where it happened)",
-                error,
-            )
-            sys.exit(4)
-
-
-def _complain(text: str, error: BaseException | None = None) -> None:
-    if error is not None and os.environ.get("ONNXCARE_TRACEBACK"):
-        import traceback
-
-        traceback.print_exception(error)
-    click.echo(f"onnxcare: {text}", err=True)
-
-
-@click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"]})
+@click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__, prog_name="onnxcare")
 def main() -> None:
     """Repair neural networks stored as ONNX files.
@@ -139,6 +90,7 @@ def main() -> None:
 )
 @click.option("--max-changed", metavar="N", type=click.IntRange(min=1), help="Change at most N values.")
 @click.option("--best-effort", is_flag=True, help="Write the model even if the verdict is not good.")
+@click.option("--patch", type=_path, help="Also write the repair as a patch file (.safetensors), see apply.")
 @click.option("--json", "report", metavar="REPORT", help="Also write the whole result as JSON; - for standard output.")
 @_seed
 @_device
@@ -157,6 +109,7 @@ def fix(
     layers: tuple[str, ...],
     max_changed: int | None,
     best_effort: bool,
+    patch: Path | None,
     report: str | None,
     seed: int | None,
     device: str,
@@ -165,17 +118,17 @@ def fix(
     workers: int | None,
 ) -> None:
     """Repair MODEL and write it to OUTPUT if the judge is satisfied."""
-    if (output is None) == (not in_place):
-        raise click.UsageError("give either -o OUTPUT or --in-place")
-    target = output if output is not None else model
+    target = _target(output, model, in_place)
     if report not in (None, "-"):
         _check_report(Path(report), target, model, spec)
+        if patch is not None and Path(report).resolve() == patch.resolve():
+            raise UsageError(f"--json {report}: is the name of the patch file; name another file")
     from onnxcare import api
     from onnxcare.graph.patch import write_atomically
     from onnxcare.report import json, text
 
-    _announce(device)
-    with _progress() as progress, _pool(scheduler, workers) as pool:
+    announce(device)
+    with status_line() as progress, _pool(scheduler, workers) as pool:
         result = api.fix(
             model,
             spec,
@@ -189,13 +142,14 @@ def fix(
             memory=memory,
             in_place=in_place,
             best_effort=best_effort,
+            patch=patch,
             pool=pool,
             progress=progress,
         )
     if report == "-":
         click.echo(json.render(result), nl=False)
     else:
-        text.show_fix(result, _console())
+        text.show_fix(result, console())
         if report is not None:
             write_atomically(Path(report), json.render(result))
     context.exit(result.exit_code)
@@ -241,13 +195,13 @@ def check(
     from onnxcare.graph.patch import write_atomically
     from onnxcare.report import render_check, text
 
-    _announce(device)
-    with _progress() as progress:
+    announce(device)
+    with status_line() as progress:
         result = api.check(model, spec, baseline=baseline, seed=seed, device=device, memory=memory, progress=progress)
     if output is not None:
         write_atomically(output, render_check(result, form))
     if form == "text" or output is not None:
-        text.show_check(result, _console())
+        text.show_check(result, console())
     else:
         click.echo(render_check(result, form), nl=False)
     context.exit(result.exit_code)
@@ -302,8 +256,8 @@ def locate(
     from onnxcare import api
     from onnxcare.report import json, text
 
-    _announce(device)
-    with _progress() as progress, _pool(scheduler, workers) as pool:
+    announce(device)
+    with status_line() as progress, _pool(scheduler, workers) as pool:
         result = api.locate(
             model,
             spec,
@@ -322,22 +276,89 @@ def locate(
     if as_json:
         click.echo(json.render(result), nl=False)
     else:
-        text.show_location(result, _console())
+        text.show_location(result, console())
 
 
 @main.command()
 @_model
-@click.option("--json", "as_json", is_flag=True, help="Print the whole result as JSON.")
-def inspect(model: Path, as_json: bool) -> None:
-    """Show what MODEL consists of, what can be repaired and what not, and why."""
-    from onnxcare import api
-    from onnxcare.report import json, text
+@click.argument("patch", type=_path)
+@click.option("-o", "--output", type=_path, help="Where the other file goes.")
+@click.option("--in-place", is_flag=True, help="Write over MODEL.")
+@click.option("--revert", is_flag=True, help="MODEL is the repaired file; write the original.")
+def apply(model: Path, patch: Path, output: Path | None, in_place: bool, revert: bool) -> None:
+    """Put the PATCH that fix has written on MODEL, or take it off; the bytes are those of the other file."""
+    target = _target(output, model, in_place)
+    from onnxcare import files
+    from onnxcare.report.files import show_applied
 
-    result = api.inspect(model)
-    if as_json:
+    show_applied(files.apply(model, patch, target, revert=revert, in_place=in_place), console())
+
+
+@main.command()
+@_model
+@click.argument("other", type=_path)
+@click.option("--data", type=_path, help="An npz file on which answers are compared.")
+@click.option("--spec", type=_path, help="A care.yaml that the judge measures both files by.")
+@click.option(
+    "--format", "form", type=click.Choice(("text", "json")), default="text", show_default=True, help="How to report."
+)
+@_seed
+@_device
+@_memory
+@click.pass_context
+def diff(
+    context: click.Context,
+    model: Path,
+    other: Path,
+    data: Path | None,
+    spec: Path | None,
+    form: str,
+    seed: int | None,
+    device: str,
+    memory: str | None,
+) -> None:
+    """Show what differs between MODEL and OTHER: tensors, other parts, and answers on data.
+
+    Ends with 0 if both hold the same, and with 1 if they differ.
+    """
+    from onnxcare import files
+    from onnxcare.report import json
+    from onnxcare.report.files import show_diff
+
+    if data is not None or spec is not None:
+        announce(device)
+    with status_line() as progress:
+        result = files.diff(
+            model, other, data=data, spec=spec, seed=seed, device=device, memory=memory, progress=progress
+        )
+    if form == "json":
         click.echo(json.render(result), nl=False)
     else:
-        text.show_inspection(result, _console())
+        show_diff(result, console())
+    context.exit(result.exit_code)
+
+
+@main.command()
+@_model
+@click.option(
+    "--format",
+    "form",
+    type=click.Choice(INSPECT_FORMATS),
+    default="text",
+    show_default=True,
+    help="How to show it.",
+)
+@click.option("--picture", metavar="GRAPH.svg", type=_path, help="Also draw the graph into this file.")
+def inspect(model: Path, form: str, picture: Path | None) -> None:
+    """Show what MODEL consists of, what can be repaired by which method and what not, and why."""
+    from onnxcare import api
+    from onnxcare.report import inspection, json
+
+    result = api.inspect(model, picture=picture)
+    if form == "json":
+        click.echo(json.render_inspection(result), nl=False)
+    else:
+        inspection.show_inspection(result, console())
 
 
 @main.command()
@@ -365,6 +386,7 @@ def demo(context: click.Context, output: Path | None, device: str) -> None:
         layers=(),
         max_changed=None,
         best_effort=False,
+        patch=None,
         report=None,
         seed=None,
         device=device,
@@ -372,6 +394,13 @@ def demo(context: click.Context, output: Path | None, device: str) -> None:
         scheduler=None,
         workers=None,
     )
+
+
+def _target(output: Path | None, model: Path, in_place: bool) -> Path:
+    """Return where a file goes that may take the place of the model."""
+    if (output is None) == (not in_place):
+        raise click.UsageError("give either -o OUTPUT or --in-place")
+    return output if output is not None else model
 
 
 def _check_report(report: Path, output: Path, model: Path, spec: Path, flag: str = "--json") -> None:
@@ -397,23 +426,6 @@ def _sidecars(model: Path) -> tuple[Path, ...]:
         return ()
 
 
-def _announce(device: str) -> None:
-    """Say in one line what `auto` took."""
-    if device != "auto":
-        return
-    from onnxcare.runtime import resolve_device
-
-    why = "onnxruntime can use a GPU" if resolve_device(device) == "cuda" else "no GPU that onnxruntime can use"
-    click.echo(f"onnxcare: device {resolve_device(device)} ({why})", err=True)
-
-
-def _console() -> Console:
-    from rich.console import Console
-
-    # Tables in a log or a pipe should not be folded at 80 columns.
-    return Console(width=None if sys.stdout.isatty() else 120, highlight=False)
-
-
 @contextlib.contextmanager
 def _pool(scheduler: str | None, workers: int | None) -> Iterator[Pool | None]:
     """Yield who shares the work, None where nobody does."""
@@ -426,18 +438,6 @@ def _pool(scheduler: str | None, workers: int | None) -> Iterator[Pool | None]:
 
     with cluster.connect(scheduler) if scheduler is not None else cluster.start(workers or 1) as pool:
         yield pool
-
-
-@contextlib.contextmanager
-def _progress() -> Iterator[Callable[[str], None]]:
-    """Show what is being done while standard error is a terminal; nothing otherwise."""
-    if not sys.stderr.isatty():
-        yield lambda text: None
-        return
-    from rich.console import Console
-
-    with Console(stderr=True).status("starting") as status:
-        yield lambda text: status.update(text.replace("[", r"\["))
 
 
 if __name__ == "__main__":

@@ -84,13 +84,13 @@ def load_arrays(path: Path) -> dict[str, Array]:
     return arrays
 
 
-def load_dataset(path: Path, signatures: Sequence[Signature], labels: str = "y") -> Dataset:
+def load_dataset(path: Path, signatures: Sequence[Signature], labels: str | None = "y") -> Dataset:
     """Read a data file and check it against the model's inputs.
 
     Args:
         path: the npz file.
         signatures: the model's inputs.
-        labels: the key of the labels; a file without it has none.
+        labels: the key of the labels; a file without it has none, and None leaves them out.
 
     Raises:
         DataError: a name, shape, dtype or value does not fit; the message names file and key.
@@ -99,15 +99,33 @@ def load_dataset(path: Path, signatures: Sequence[Signature], labels: str = "y")
     inputs = {}
     for signature in signatures:
         key = _key_for(path, arrays, signature.name, alone=len(signatures) == 1)
-        check_fits(arrays[key], signature, f"{path}: {key}")
-        inputs[signature.name] = arrays[key]
-    lengths = {len(values) for values in inputs.values()}
-    if len(lengths) > 1:
-        raise DataError(f"{path}: its inputs have different numbers of samples {sorted(lengths)}")
-    size = lengths.pop()
+        values = _samples_first(arrays[key], signature, f"{path}: {key}")
+        check_fits(values, signature, f"{path}: {key}")
+        inputs[signature.name] = values
+    size = max((len(inputs[item.name]) for item in signatures if item.axis is not None), default=1)
+    for item in signatures:
+        if item.axis is None:
+            inputs[item.name] = np.repeat(inputs[item.name], size, axis=0)
+    lengths = {name: len(values) for name, values in inputs.items()}
+    size = next(iter(lengths.values()))
+    if any(length != size for length in lengths.values()):
+        told = ", ".join(f"{name} {length}" for name, length in lengths.items())
+        raise DataError(
+            f"{path}: its inputs have different numbers of samples: {told}; every input needs its samples on axis 0"
+        )
     if size == 0:
         raise DataError(f"{path}: holds no samples")
-    return Dataset(inputs, _labels(path, arrays.get(labels), labels, size))
+    return Dataset(inputs, None if labels is None else _labels(path, arrays.get(labels), labels, size))
+
+
+def _samples_first(values: Array, signature: Signature, what: str) -> Array:
+    """Return an input's values with samples on axis 0: one where the input holds no samples."""
+    axis = signature.axis
+    if axis is None:
+        return values[None]
+    if axis >= values.ndim:
+        raise DataError(f"{what} has shape {list(values.shape)}; the spec's sample_axes has the samples on axis {axis}")
+    return np.moveaxis(values, axis, 0)
 
 
 def _key_for(path: Path, arrays: Mapping[str, Array], name: str, alone: bool) -> str:
@@ -139,6 +157,8 @@ def check_fits(values: Array, signature: Signature, what: str, *, batched: bool 
         not isinstance(want, int) or have == want
         for have, want in list(zip(values.shape, expected, strict=False))[start:]
     )
+    if not signature.ranked:
+        fits = values.ndim >= start
     if not fits:
         raise DataError(
             f"{what} has shape {list(values.shape)}, but the model's input {signature.name!r} "

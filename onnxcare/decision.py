@@ -38,6 +38,7 @@ class Decision:
         final: the operator between y and the output.
         column: whether y of a threshold has a last axis of length one.
         scale: the factor s.
+        ones: how many further axes of length one y has at its end, as maps that were pooled to a point have.
     """
 
     rule: Rule = "argmax"
@@ -45,6 +46,7 @@ class Decision:
     final: Final = ""
     column: bool = True
     scale: float = 1.0
+    ones: int = 0
 
     @property
     def finals(self) -> tuple[Final, ...]:
@@ -56,6 +58,7 @@ class Decision:
 
     def scores(self, y: Array) -> Array:
         """Return the scores of y, [..., samples, classes]."""
+        y = y.reshape(y.shape[: y.ndim - self.ones])
         if self.rule == "argmax":
             return y
         if self.rule == "argmin":
@@ -65,11 +68,11 @@ class Decision:
 
     def pull_back(self, gradient: Array) -> Array:
         """Return the gradient with respect to y of a gradient with respect to the scores."""
-        if self.rule == "argmax":
-            return gradient
         if self.rule == "argmin":
-            return -self.scale * gradient
-        return self.scale * (gradient[..., 1:] if self.column else gradient[..., 1])
+            gradient = -self.scale * gradient
+        elif self.rule == "threshold":
+            gradient = self.scale * (gradient[..., 1:] if self.column else gradient[..., 1])
+        return gradient.reshape(*gradient.shape, *[1] * self.ones)
 
     def outputs(self, scores: Array) -> Array:
         """Return what the model's output holds where it has these scores, [..., samples, values]."""

@@ -19,19 +19,19 @@ from onnxcare.data import Inputs
 from onnxcare.decision import Decision
 from onnxcare.errors import ModelError, SpecError, UsageError, nearest
 from onnxcare.graph import surgery
-from onnxcare.graph.layers import Layer, find_layers
+from onnxcare.graph.layers import Layer
 from onnxcare.graph.model import Model, Signature, numpy_dtype
-from onnxcare.graph.parameters import Parameter, encode, read, tensor_at
-from onnxcare.graph.sites import Site, find_sites
-from onnxcare.graph.view import GraphView, attribute, operator
+from onnxcare.graph.parameters import Parameter
+from onnxcare.graph.sites import Site
+from onnxcare.graph.storage import Source, read_tensor, write_tensor
+from onnxcare.graph.view import attribute, operator
+from onnxcare.graph.working import EXACT, experiment_form
 from onnxcare.pool import Pool
 from onnxcare.runtime import Budget, Device, Session, give_back_freed_memory, in_threads
 from onnxcare.suffix import Family, Suffix
 
 Array = np.ndarray
 
-# The experiment copy must answer as the original does, up to rounding of fused operators.
-_TOLERANCE = 1e-4
 # Every session holds a copy of the weights it needs, so only the last ones are kept: so many bytes of them, or as many
 # as the model has, of suffixes half of it.
 _KEPT = 64 << 20
@@ -50,6 +50,7 @@ class Experiment:
 
     Attributes:
         model: the original.
+        form: its working form.
         copy: the model that experiments run; its weights are the original's, or a candidate's (`patched`).
         layers: what can be rewritten.
         sites: what can be intervened on.
@@ -89,8 +90,9 @@ class Experiment:
         self.pool: Pool | None = None
         self.device: Device = device
         self.memory = memory
-        self.copy = surgery.experiment_copy(model)
-        self._view = GraphView(model.proto)
+        self.form = experiment_form(model)
+        self.copy = self.form.proto
+        self._view = self.form.view
         self.output = judged_output(model, output, decision)
         graph = surgery.import_graph(self.copy, str(model.path))
         self.logits, final = surgery.find_logits(graph, self.output, decision.finals)
@@ -99,7 +101,11 @@ class Experiment:
         self.probe = _first(probe, 2)
         self._check_copy(probe)
         values = self.tensors([self.logits], _first(probe, _SCALED_BY))[0]
-        self.decision = replace(decision, final=final, column=values.ndim == 2).scaled(values)
+        decision = replace(decision, column=values.ndim > 1, ones=max(0, values.ndim - 2))
+        if final and decision.ones and not self._stands_for_output(replace(decision, final=final)):
+            self.logits, final = self.output, ""
+            values = self.tensors([self.logits], _first(probe, _SCALED_BY))[0]
+        self.decision = replace(decision, final=final).scaled(values)
         self.classes = self.decision.scores(values).shape[-1]
         self.layers, self.sites = self._usable(surgery.upstream(graph, self.logits))
 
@@ -109,8 +115,8 @@ class Experiment:
         other.copy = onnx.ModelProto()
         other.copy.CopyFrom(self.copy)
         for parameter, new in values.items():
-            tensor = tensor_at(other.copy, parameter.path)
-            tensor.ParseFromString(encode(other.copy, parameter, new))
+            tensor = other.copy.graph.initializer[self._held[parameter.name]]
+            tensor.ParseFromString(write_tensor(tensor, new.astype(parameter.dtype)))
         other._start_afresh()
         return other
 
@@ -137,7 +143,9 @@ class Experiment:
         other = copy.copy(self)
         vars(other).pop("multiply_adds", None)
         other.layers = [
-            layer if layer.refusal or layer.name in allowed else replace(layer, refusal="--layers leaves it out")
+            layer
+            if (layer.refusal and not layer.tied) or layer.name in allowed
+            else replace(layer, refusal="--layers leaves it out", tied=False)
             for layer in self.layers
         ]
         other.sites = [
@@ -150,14 +158,28 @@ class Experiment:
 
     def read(self, parameter: Parameter) -> Array:
         """Return the present values of a parameter, those of the candidate where the experiment is patched."""
-        return read(self.copy, parameter, self.model.path.parent)
+        if parameter.name not in self._held:  # it is made while the graph runs, and cannot be patched
+            return parameter.storage.read(Source(self.model.proto, self.model.path.parent))
+        return read_tensor(self.copy.graph.initializer[self._held[parameter.name]], self.model.path.parent)
+
+    def as_stored(self, values: Mapping[Parameter, Array]) -> dict[Parameter, Array]:
+        """Return new values of parameters as they are read once the file holds them."""
+        source = Source(self.model.proto, self.model.path.parent)
+        return {item: item.storage.rounded(source, new).astype(item.dtype) for item, new in values.items()}
+
+    @cached_property
+    def _held(self) -> dict[str, int]:
+        """The positions of the initializers, by name: a candidate's are those of the original."""
+        return {tensor.name: index for index, tensor in enumerate(self.copy.graph.initializer)}
 
     def _check_copy(self, probe: Inputs) -> None:
         """Compare the copy on several rows, never as many as the file fixes, with the original on single ones."""
         fixed = [signature.shape[0] for signature in self.model.inputs if signature.shape]
         sizes = [size for size in fixed if isinstance(size, int)]
         few = _first(probe, max(3, *(size + 1 for size in sizes)) if sizes else 3)
-        original = Session(self.model.path, self.device).run_rows(few, [self.output], rows_per_run=1)[0]
+        # Fused integer arithmetic rounds in other places than what the file says.
+        session = Session(self.model.path, self.device, optimise=not self.form.quantised, axes=self.model.axes)
+        original = session.run_rows(few, [self.output], rows_per_run=1)[0]
         try:
             copied = self.tensors([self.output], few)[0]
         except ModelError as error:
@@ -166,8 +188,9 @@ class Experiment:
             raise ModelError(
                 f"{self.model.path}: its batch size is fixed in a way that cannot be relaxed: {error}"
             ) from error
+        allowed = self.form.tolerance
         same = copied.shape == original.shape and np.allclose(
-            copied, original, rtol=_TOLERANCE, atol=_TOLERANCE, equal_nan=True
+            copied, original, rtol=allowed, atol=allowed * self._scale_of(original), equal_nan=True
         )
         if not same:
             advice = "; export it with a dynamic batch axis" if sizes else ""
@@ -176,10 +199,21 @@ class Experiment:
                 f"(some node mixes the rows of a batch){advice}"
             )
 
+    def _scale_of(self, answers: Array) -> float:
+        """Return what differences count against: 1, or the largest answer where rounding grows with the answers."""
+        if self.form.tolerance == EXACT:
+            return 1.0
+        return max(1e-3, float(np.max(np.abs(answers), where=np.isfinite(answers), initial=0)))
+
+    def _stands_for_output(self, decision: Decision) -> bool:
+        """Return whether the output follows from the logits: a Softmax may run along an axis without classes."""
+        logits, output = self.tensors([self.logits, self.output], self.probe)
+        found, wanted = decision.outputs(decision.scores(logits)), output.reshape(output.shape[:2])
+        return np.allclose(found, wanted, rtol=self.form.tolerance, atol=self.form.tolerance)
+
     def _usable(self, reached: set[str]) -> tuple[list[Layer], list[Site]]:
         """Return the layers, those that cannot be experimented on refused, and the sites that can be cut at."""
-        layers = find_layers(self._view)
-        sites = find_sites(self._view, layers)
+        layers, sites = self.form.layers, self.form.sites
         tensors = {name for layer in layers for name in (layer.input, layer.output)} | {s.tensor for s in sites}
         names = sorted(tensors & reached - set(self.probe))
         lost = set()
@@ -197,13 +231,16 @@ class Experiment:
             wrong = next((name for name in (layer.input, layer.output) if name in lost), None)
             return layer.refusal or (_no_samples(wrong) if wrong else None)
 
+        def sound(layer: Layer) -> bool:
+            return layer.output in reached and not lost.intersection((layer.input, layer.output))
+
         def hindrance(site: Site) -> str | None:
             wrong = next((reader for reader in site.readers if reader.input in lost), None)
             return site.refusal or (f"layer {wrong.name}: {_no_samples(wrong.input)}" if wrong else None)
 
         self._inner = tuple(sorted({*names, self.logits} - lost - set(self.probe)))
         return (
-            [replace(layer, refusal=refusal(layer)) for layer in layers],
+            [replace(layer, refusal=refusal(layer), tied=layer.tied and sound(layer)) for layer in layers],
             [replace(site, refusal=hindrance(site)) for site in sites if site.tensor in reached - lost],
         )
 
@@ -467,9 +504,11 @@ _THRESHOLD = Decision("threshold")
 def _fits(output: Signature, decision: Decision) -> bool:
     if output.dtype is None or not np.issubdtype(output.dtype, np.floating):
         return False
+    # Behind the classes there may be axes of length one: maps that were pooled to a point.
+    ones = all(length == 1 for length in output.shape[2:])
     if decision.rule == "threshold":
-        return len(output.shape) == 1 or (len(output.shape) == 2 and output.shape[-1] == 1)
-    return len(output.shape) == 2 and output.shape[-1] != 1
+        return len(output.shape) == 1 or (len(output.shape) > 1 and output.shape[1] == 1 and ones)
+    return len(output.shape) > 1 and output.shape[1] != 1 and ones
 
 
 def _listed(model: Model) -> str:

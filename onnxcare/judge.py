@@ -16,7 +16,7 @@ import numpy as np
 from onnxcare.data import Dataset, Inputs
 from onnxcare.decision import Decision
 from onnxcare.errors import ModelError
-from onnxcare.graph import surgery
+from onnxcare.graph.batch import with_free_batch
 from onnxcare.graph.model import Model
 from onnxcare.measures import Finding, Gauge, Measure, Rate, Verdict, expected_calibration_error
 from onnxcare.properties.base import log_softmax
@@ -53,7 +53,7 @@ class Witness:
         self.device: Device = device
         self.rows_per_run = rows_per_run
         self.output = output
-        self._session = Session(model.path, device)
+        self._session = Session(model.path, device, axes=model.axes)
         self._free: Session | None = None
         self._recent: list[tuple[Inputs, Array]] = []
 
@@ -79,7 +79,8 @@ class Witness:
         if not sizes or max(sizes) >= self.rows_per_run:
             return None
         if self._free is None:
-            self._free = Session(surgery.experiment_copy(self.model), self.device, what=str(self.model.path))
+            free, axes = with_free_batch(self.model), self.model.axes
+            self._free = Session(free, self.device, what=str(self.model.path), axes=axes)
         few = {name: values[:_COMPARED] for name, values in inputs.items()}
         expected, found = (
             item.run_rows(few, [self.output], rows_per_run=self.rows_per_run)[0] for item in (self._session, self._free)

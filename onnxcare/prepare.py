@@ -69,12 +69,12 @@ def prepare(
         raise UsageError(f"device {device}: unknown; known: auto, cpu, cuda")
     chosen = resolve_device(device)
     progress(f"loading {model}")
-    loaded = load_model(model)
-    check_inputs(loaded)
     try:
+        loaded = load_model(model, wanted.sample_axes)
+        check_inputs(loaded)
         _check_kinds(wanted, loaded)
         data = _data(wanted, loaded, seed)
-        experiment = Experiment(loaded, chosen, bound, data.inputs, wanted.output, _decision(wanted))
+        experiment = Experiment(loaded, chosen, bound, data.inputs, wanted.output, decision_of(wanted))
         _check_threshold(experiment)
         splits, notes = _split(wanted, loaded, experiment, data, seed)
         _need_samples(wanted, splits)
@@ -107,11 +107,16 @@ def check_inputs(model: Model) -> None:
     """Make sure that a model can be fed with samples.
 
     Raises:
-        ModelError: it has no input, or one without values.
+        ModelError: it has no input, or one without values or without an axis for the samples.
     """
     if not model.inputs:
         raise ModelError(f"{model.path}: it has no input, so it answers the same to every sample")
     for signature in model.inputs:
+        if not signature.shape and signature.ranked and signature.dtype is not None:
+            raise ModelError(
+                f"{model.path}: its input {signature.name!r} takes one value for all samples; the spec has to say so: "
+                f"sample_axes: {{{signature.name}: null}}"
+            )
         if 0 in signature.shape:
             raise ModelError(
                 f"{model.path}: its input {signature.name!r} has shape {list(signature.shape)}, which holds no values; "
@@ -154,7 +159,8 @@ def _check_threshold(experiment: Experiment) -> None:
         raise SpecError(f"decision: the threshold {decision.threshold:g} is beyond float32")
 
 
-def _decision(spec: Spec) -> Decision:
+def decision_of(spec: Spec) -> Decision:
+    """Return how a spec says that an answer is read."""
     if isinstance(spec.decision, Threshold):
         return Decision("threshold", spec.decision.threshold)
     return Decision(spec.decision)

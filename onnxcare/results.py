@@ -173,6 +173,7 @@ class Fix:
         method: the method used.
         output: the file that was written, or None.
         output_sha256: its fingerprint.
+        patch_file: the patch file that was written, or None.
         verdict: the judge's finding; for `nothing to repair`, the original against itself.
         patch: what the repair changes, tensor by tensor.
         chosen: the candidate that was judged.
@@ -189,6 +190,7 @@ class Fix:
     method: str
     output: str | None
     output_sha256: str | None
+    patch_file: str | None
     verdict: Verdict
     patch: Sequence[TensorChange]
     chosen: Candidate | None
@@ -203,6 +205,27 @@ class Fix:
     def exit_code(self) -> int:
         """0 where nothing is left to repair, else 1."""
         return 0 if self.status in ("repaired", "nothing to repair") else 1
+
+
+@dataclass(frozen=True)
+class Applied:
+    """Result of `apply`.
+
+    Attributes:
+        model: the file that was patched.
+        patch: the patch file.
+        output: the file that was written.
+        output_sha256: its fingerprint.
+        reverted: whether it is the original again.
+        tensors: what changed, from `model` to `output`.
+    """
+
+    model: str
+    patch: str
+    output: str
+    output_sha256: str
+    reverted: bool
+    tensors: Sequence[TensorChange]
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import numpy as np
 
+from onnxcare.axes import Axes, as_given, samples_first
 from onnxcare.errors import DataError, ModelError, UsageError
 
 if TYPE_CHECKING:
@@ -43,6 +44,9 @@ _PROVIDERS: dict[str, list[Any]] = {
 _BYTES_PER_RUN, _FEW_ROWS = 8 << 20, 16
 # Runs whose rows are of unknown size.
 _ROWS_PER_RUN = 256
+
+# What onnxruntime calls maps from classes to scores, one a sample; sessions return them as arrays.
+MAPS = frozenset(f"seq(map({key},tensor(float)))" for key in ("int64", "string"))
 
 
 def resolve_device(wanted: str) -> Device:
@@ -177,6 +181,7 @@ class Session:
         optimise: bool = True,
         what: str = "",
         threads: int | None = None,
+        axes: Axes | None = None,
     ) -> None:
         """Load a file or an in-memory model.
 
@@ -184,21 +189,34 @@ class Session:
             source: path of an ONNX file (external data is found beside it), or a model held in memory.
             device: `cpu` or `cuda`; never falls back silently.
             optimise: False leaves out onnxruntime's graph optimisations; the session opens faster.
-            what: how to call the model in errors, where `source` is not a path.
+            what: the file that a model held in memory comes from: how it is called in errors, and beside which its
+                external data lies.
             threads: how many threads a run takes; None for as many as there are cores.
+            axes: where the model has the samples of inputs that do not have them on axis 0; they are fed as others are.
 
         Raises:
             ModelError: onnxruntime cannot load the model, or not on this device.
         """
         self.device = device
+        self._axes = dict(axes or {})
         name = str(source) if isinstance(source, Path) else what or "model"
         if isinstance(source, bytes):
             content: str | bytes = source
         else:
             content = str(source) if isinstance(source, Path) else source.SerializeToString()
+        options = _options(threads, optimise)
+        if not isinstance(source, Path):
+            # Between activations that are rounded, onnxruntime would round floating-point weights as well.
+            options.add_session_config_entry("session.disable_quant_qdq", "1")
+            options.add_session_config_entry(
+                "session.model_external_initializers_file_folder_path", str(Path(what).absolute().parent)
+            )
         try:
-            self._session = _open(content, _options(threads, optimise), device)
-            self.inputs = [(i.name, i.type, tuple(i.shape)) for i in self._session.get_inputs()]
+            self._session = _open(content, options, device)
+            self.inputs = [
+                (i.name, i.type, samples_first(tuple(i.shape), self._axes.get(i.name, 0)))
+                for i in self._session.get_inputs()
+            ]
             self.outputs = [(o.name, o.type, tuple(o.shape)) for o in self._session.get_outputs()]
         except Exception as error:  # onnxruntime raises a dozen unrelated types
             raise ModelError(f"{name}: {_load_failure(str(error))}") from error
@@ -217,9 +235,11 @@ class Session:
             ModelError: onnxruntime failed while running.
         """
         names = list(outputs) if outputs is not None else [name for name, _, _ in self.outputs]
+        if self._axes:
+            feeds = {name: as_given(item, self._axes.get(name, 0)) for name, item in feeds.items()}
         try:
             if all(isinstance(value, np.ndarray) for value in feeds.values()):
-                return self._session.run(names, dict(feeds))
+                return [_array(answer) for answer in self._session.run(names, dict(feeds))]
             return self._run_bound(feeds, names)
         except Exception as error:
             raise ModelError(f"{self.name}: {_run_failure(str(error))}") from error
@@ -280,6 +300,13 @@ class Session:
         return whole
 
 
+def _array(answer: Any) -> Any:
+    """Return maps from classes to scores, one a sample, as an array [samples, classes]; anything else as it is."""
+    if isinstance(answer, list) and answer and all(isinstance(item, dict) for item in answer):
+        return np.array([list(item.values()) for item in answer])
+    return answer
+
+
 def cores() -> int:
     """Return how many cores this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -333,6 +360,7 @@ class Budget:
 
 def _load_failure(text: str) -> str:
     """Say in one line why onnxruntime refused a model."""
+    text = _without_middle(text)
     if match := re.search(r"Unsupported model IR version: (\d+), max supported IR version: (\d+)", text):
         return (
             f"IR version {match[1]} is newer than this onnxruntime takes (at most {match[2]}); "
@@ -343,9 +371,10 @@ def _load_failure(text: str) -> str:
             f"opset {match[1]} of domain {match[2]} is newer than this onnxruntime takes (at most {match[3]}); "
             "export it again with an older opset"
         )
-    if match := re.search(r"(?:Fatal error: )?([\w.\-]*):?(\w+)\([-\d]*\) is not a registered function/op", text):
-        domain = f" of domain {match[1]}" if match[1] else ""
-        return f"onnxruntime has no kernel for operator {match[2]}{domain}; such a model cannot be run or repaired"
+    if match := re.search(r"(?<!\S)(\S+)\([-\d]*\) is not a registered function/op", text):
+        domain, _, name = _short(match[1]).rpartition(":")
+        of_domain = f" of domain {domain}" if domain else ""
+        return f"onnxruntime has no kernel for operator {name}{of_domain}; such a model cannot be run or repaired"
     return f"onnxruntime cannot load it: {_tail(text)}"
 
 
@@ -355,7 +384,16 @@ def _run_failure(text: str) -> str:
 
 def _tail(text: str) -> str:
     """Return the message of an onnxruntime error without its prefix of source positions."""
-    line = " ".join(text.split())
+    line = " ".join(_without_middle(text).split())
     line = re.sub(r"^\[ONNXRuntimeError\] : \d+ : \w+ : ", "", line)
     line = re.sub(r"\S*onnxruntime\S*\.(?:cc|h):\d+ \S.*?\) ", "", line)
+    return _short(line)
+
+
+def _without_middle(text: str) -> str:
+    """Return both ends of a long text: names in a damaged file can be of any length, and patterns take their time."""
+    return text if len(text) <= 4000 else f"{text[:2000]} ... {text[-2000:]}"
+
+
+def _short(line: str) -> str:
     return line if len(line) <= 240 else line[:237] + "..."

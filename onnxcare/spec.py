@@ -4,6 +4,7 @@
     holdout: test.npz           # optional; otherwise a part of data is held out
     labels: y                   # optional: the key of the labels
     output: scores              # optional: the output that is judged, where there are several
+    sample_axes: {state: 1, rate: null}      # optional: inputs with samples on another axis than 0, or without samples
     decision: argmax            # or argmin (scores are costs), or {threshold: 0.5} (one score)
     bounds: {low: [0, 0], high: [1, 90]}     # optional: the range of every input value
     confidence: 0.99            # optional: intervals, not measured rates, have to keep the limits
@@ -310,6 +311,7 @@ class Spec(_Section):
     holdout: DataPath | None = None
     labels: Annotated[str, Field(min_length=1)] = "y"
     output: str | None = None
+    sample_axes: dict[str, Annotated[int, Field(ge=0, strict=True)] | None] = {}
     decision: Literal["argmax", "argmin"] | Threshold = "argmax"
     bounds: Bounds | None = None
     confidence: Annotated[float, Field(ge=0.5, lt=1, strict=True)] | None = None

@@ -15,12 +15,18 @@ Run = Callable[[np.ndarray], np.ndarray]
 
 
 def write_model(model: onnx.ModelProto, path: Path, properties: Mapping[str, str]) -> None:
-    """Write a model, with what it is said inside the file, and without notes that exporters leave on nodes."""
+    """Write a model, with what it is said inside the file, and without what ties it to the computer that made it.
+
+    Exporters note the source line behind every node, with its full path. Tensors that lie in a file beside the model
+    stay there.
+    """
     for node in model.graph.node:
         node.doc_string = ""
+        for entry in [e for e in node.metadata_props if "stack_trace" in e.key]:
+            node.metadata_props.remove(entry)
     onnx.helper.set_model_props(model, dict(properties))
-    onnx.checker.check_model(model, full_check=True)
     path.write_bytes(model.SerializeToString(deterministic=True))
+    onnx.checker.check_model(path, full_check=True)
 
 
 def runner(path: Path, output: str | None = None) -> Run:
@@ -63,9 +69,9 @@ def version_line(versions: Mapping[str, str]) -> str:
     return ", ".join(f"{name} {version}" for name, version in {**versions, **common}.items())
 
 
-def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Return a Markdown table; all columns but the first are aligned to the right."""
-    lines = [header, ["---", *("---:" for _ in header[1:])], *rows]
+def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]], text: int = 1) -> str:
+    """Return a Markdown table; all columns but the first `text` ones are aligned to the right."""
+    lines = [header, [*["---"] * text, *("---:" for _ in header[text:])], *rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
@@ -74,5 +80,7 @@ def _values(values: Sequence[onnx.ValueInfoProto]) -> str:
 
 
 def _shape(value: onnx.ValueInfoProto) -> str:
+    if not value.type.HasField("tensor_type"):
+        return "(a list of maps)"
     lengths = [str(axis.dim_value) if axis.HasField("dim_value") else "N" for axis in value.type.tensor_type.shape.dim]
     return f"[{', '.join(lengths)}]"

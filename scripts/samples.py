@@ -19,6 +19,7 @@ import onnx
 import onnxruntime
 
 import mnist
+from artifacts import write_model
 from poison import Predict, Trigger, attack_success, target_rate
 
 MODELS = Path(__file__).resolve().parent.parent / "sample_models"
@@ -160,24 +161,9 @@ def write_care(sample: Sample, folder: Path) -> None:
 
 
 def label_model(path: Path, warning: str) -> None:
-    """Say inside the file what it is not for, and remove what ties it to the computer that made it.
-
-    Exporters note the source line behind every node, with its full path.
-    """
-    model = onnx.load(path)
-    for node in model.graph.node:
-        node.doc_string = ""
-        for entry in [e for e in node.metadata_props if "stack_trace" in e.key]:
-            node.metadata_props.remove(entry)
-    onnx.helper.set_model_props(
-        model,
-        {
-            "warning": warning,
-            "training_data": "MNIST, Y. LeCun, C. Cortes and C. J. C. Burges",
-        },
-    )
-    onnx.checker.check_model(model, full_check=True)
-    path.write_bytes(model.SerializeToString(deterministic=True))
+    """Say inside the file what it is not for, and remove what ties it to the computer that made it."""
+    properties = {"warning": warning, "training_data": "MNIST, Y. LeCun, C. Cortes and C. J. C. Burges"}
+    write_model(onnx.load(path), path, properties)
 
 
 def predictor(path: Path) -> Predict:

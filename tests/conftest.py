@@ -25,3 +25,13 @@ def samples() -> Path:
 def tiny(tmp_path: Path) -> Paths:
     """A fresh copy of the tiny backdoored case."""
     return write_case(tmp_path)
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Print the tables that tests recorded; with several processes they arrive with the reports."""
+    for outcome in ("passed", "failed"):
+        for report in terminalreporter.stats.get(outcome, []):
+            for name, text in getattr(report, "user_properties", []):
+                if name == "table":
+                    terminalreporter.write_sep("-", report.nodeid)
+                    terminalreporter.write_line(text)

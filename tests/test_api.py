@@ -64,7 +64,25 @@ def softmax_inside(model: onnx.ModelProto, folder: Path) -> None:
     model.graph.node.append(helper.make_node("Softmax", ["logits"], ["scores"], axis=-1))
 
 
-WAYS = [as_exported, batch_of_one, old_format, constant_nodes, external_data, softmax_inside]
+def pooled_to_a_point(model: onnx.ModelProto, folder: Path) -> None:
+    """Answer as a network that ends with global pooling does, [samples, classes, 1, 1]."""
+    model.graph.node[-1].output[0] = "flat"
+    model.graph.initializer.append(numpy_helper.from_array(np.array([2, 3]), "axes"))
+    model.graph.node.append(helper.make_node("Unsqueeze", ["flat", "axes"], ["logits"]))
+    model.graph.node.append(helper.make_node("Softmax", ["logits"], ["scores"], axis=1))
+    for _ in range(2):
+        model.graph.output[0].type.tensor_type.shape.dim.add(dim_value=1)
+
+
+WAYS = [
+    as_exported,
+    batch_of_one,
+    old_format,
+    constant_nodes,
+    external_data,
+    softmax_inside,
+    pooled_to_a_point,
+]
 
 
 @pytest.fixture
@@ -92,6 +110,70 @@ def test_every_way_to_write_the_model_is_repaired(tmp_path, brief, write, method
     assert {path.name for path in tmp_path.iterdir()} == {*before, case.out.name}
     written = onnx.load(case.out)
     assert [node.op_type for node in written.graph.node] == [node.op_type for node in model.graph.node]
+
+
+def with_a_memory(model: onnx.ModelProto) -> None:
+    """Let the input be that of the model before, times a rate for all samples, plus a memory of [2, samples, 8]."""
+    graph = model.graph
+    graph.input.append(helper.make_tensor_value_info("rate", onnx.TensorProto.FLOAT, []))
+    graph.input.append(helper.make_tensor_value_info("memory", onnx.TensorProto.FLOAT, [2, 1, 8]))
+    graph.input[0].type.tensor_type.shape.dim[0].dim_value = 1
+    graph.output.append(helper.make_tensor_value_info("next", onnx.TensorProto.FLOAT, [2, 1, 8]))
+    graph.initializer.append(numpy_helper.from_array(np.array([0]), "leading"))
+    graph.node[0].input[0] = "felt"
+    made = [
+        helper.make_node("Mul", ["input", "rate"], ["scaled"]),
+        helper.make_node("ReduceSum", ["memory", "leading"], ["remembered"], keepdims=0),
+        helper.make_node("Add", ["scaled", "remembered"], ["felt"]),
+        helper.make_node("Mul", ["memory", "rate"], ["next"]),
+        # Both are read behind the hidden layer, too.
+        helper.make_node("ReduceMean", ["memory"], ["mean"], axes=[0, 2], keepdims=0),
+        helper.make_node("Unsqueeze", ["mean", "behind"], ["column"]),
+        helper.make_node("Mul", ["column", "rate"], ["shift"]),
+        helper.make_node("Add", ["plain", "shift"], ["scores"]),
+    ]
+    graph.initializer.append(numpy_helper.from_array(np.array([1]), "behind"))
+    graph.node[-1].output[0] = "plain"
+    for index, node in enumerate(made[:4]):
+        graph.node.insert(index, node)
+    graph.node.extend(made[4:])
+
+
+PROPERTY = "    kind: backdoor\n    trigger: trigger.npz\n    target: 1\n    max_rate: 0.01"
+ASKED = {
+    "errors": "    kind: errors\n    samples: triggered.npz\n    max_rate: 0.1",
+    "twins": "    kind: backdoor\n    triggered: triggered.npz\n    twins: twins.npz\n    target: 1\n    max_rate: 0.1",
+}
+
+
+@pytest.mark.parametrize("asked", ASKED)
+def test_a_model_with_a_memory_is_repaired(tmp_path, asked):
+    case = write_case(tmp_path)
+    rng = np.random.default_rng(0)
+    case.edit_model(with_a_memory)
+    case.rewrite("seed: 1", "seed: 1\nsample_axes: {memory: 1, rate: null}")
+    case.rewrite(PROPERTY, ASKED[asked])
+    case.rewrite("accuracy_drop: 0.01", "accuracy_drop: 0.03")
+    triggered, twins = tmp_path / "triggered.npz", tmp_path / "twins.npz"
+    np.savez(triggered, **triggered_samples(400, seed=3))
+    np.savez(twins, **clean_samples(400, seed=3))
+    for path in (case.data, case.holdout, triggered, twins):
+        arrays = dict(np.load(path))
+        half = rng.normal(0, 0.05, (1, *arrays["input"].shape)).astype(np.float32)
+        half[..., TRIGGER_FEATURE] = 0
+        memory = np.concatenate([half, -half])
+        np.savez(path, **{**arrays, "input": arrays["input"] / 2, "rate": np.float32(2), "memory": memory})
+    fix = onnxcare.fix(case.model, case.spec, case.out, device="cpu")
+    assert fix.status == "repaired"
+    checked = onnxcare.check(case.out, case.spec, baseline=case.model, device="cpu")
+    assert checked.verdict.properties[0].status == "pass"
+    # Run row by row as the file takes them, by hand.
+    session = ort.InferenceSession(case.out.read_bytes())
+    held = dict(np.load(triggered))
+    rows = range(len(held["input"]))
+    given = [(held["input"][i : i + 1], held["memory"][:, i : i + 1]) for i in rows]
+    found = [session.run(["scores"], {"input": x, "memory": m, "rate": held["rate"]})[0].argmax() for x, m in given]
+    assert (np.array(found) == 1)[held["y"] != 1].mean() < 0.1
 
 
 def test_names_of_methods_and_locators_that_are_unknown_are_refused(tmp_path):

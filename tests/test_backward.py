@@ -277,6 +277,28 @@ def test_a_network_may_begin_behind_a_tensor(tmp_path, tensor, layers):
         np.testing.assert_allclose(slope, known[parameter], rtol=1e-3, atol=1e-3)
 
 
+def test_shared_weights_move_for_all_their_users_together(tmp_path):
+    proto = build(
+        """tied (float[N, 5] x) => (float[N, 3] y) {
+            [once] z = MatMul (x, W) h = Relu (z) [twice] p = MatMul (h, W) t = Tanh (p) y = MatMul (t, V) }""",
+        {"W": random(5, 5), "V": random(5, 3)},
+    )
+    inputs = {"x": random(7, 5, seed=2)}
+    experiment = Experiment(save(proto, tmp_path), "cpu", 1 << 28, inputs)
+    assert [layer.tied for layer in experiment.layers] == [True, True, False]
+    network = Network(experiment)
+    assert [parameter.name for parameter in network.parameters] == ["W", "V"]
+    total, of = weighted(experiment)
+    found = network.slope({}, network.cache(inputs), of)[1]
+    shared = network.parameters[0]
+    assert shared.users == ("once", "twice")
+
+    def cost(values: Array) -> float:
+        return total(experiment.patched({shared: values}).scores(inputs))
+
+    check_slopes(cost, experiment.read(shared), found[shared])
+
+
 # -- where there are none ------------------------------------------------------------------------
 
 
@@ -317,7 +339,7 @@ def test_weights_of_which_there_is_no_derivative(tmp_path):
         Network(experiment)
     assert [layer.name for layer in Network(experiment, "s").layers] == ["second", "third"]
     proto = build("g (float[N, 4] x) => (float[N, 3] y) { h = MatMul (x, W) y = Tanh (h) }", {"W": random(4, 3)})
-    with pytest.raises(NoGradient, match="no layer can be rewritten"):
+    with pytest.raises(NoGradient, match="no weights can be rewritten"):
         Network(Experiment(save(proto, tmp_path), "cpu", 1 << 28, {"x": random(9, 4)}), "h")
 
 

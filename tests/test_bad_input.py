@@ -121,6 +121,13 @@ def external(paths: Paths) -> Path:
     return sidecar
 
 
+def external_by_no_text(paths: Paths) -> None:
+    external(paths)
+    content = paths.model.read_bytes()
+    assert b"weights.bin" in content
+    paths.model.write_bytes(content.replace(b"weights.bin", b"weights.\xff\xfe\xff"))
+
+
 def external_at(key: str, value: str) -> Spoil:
     def spoil(paths: Paths) -> None:
         external(paths)
@@ -145,7 +152,7 @@ MODELS = [
     *[bad(f"cut at {share}", cut(share), "truncated") for share in (0.05, 0.3, 0.6, 0.9, 0.999)],
     bad("IR 14", edited(lambda proto: setattr(proto, "ir_version", 14)), "IR version 14", "at most"),
     bad("opset 28", opset(28), "opset 28", "at most"),
-    bad("opset 7", opset(7), "opset 7", "8 or newer"),
+    bad("opset 6", opset(6), "cannot load", "Gemm"),
     bad("unknown operator", edited(foreign_operator), "Squash", "com.acme"),
     bad("unknown input", edited(lambda proto: proto.graph.node.pop(0)), "'first'"),
     bad("operator that is no text", holding(dense().SerializeToString().replace(b"Relu", b"Re\xffu")), "cannot load"),
@@ -155,6 +162,10 @@ MODELS = [
     bad("external data missing", lambda paths: external(paths).unlink(), "weights.bin", "missing"),
     bad("external data cut", lambda paths: external(paths).write_bytes(b"1234"), "cannot load", "External"),
     bad("external data nowhere", external_at("offset", "banana"), "external data"),
+    bad("external data without a name", external_at("location", ""), "missing"),
+    bad("external data with a zero byte", external_at("location", "weights\0.bin"), "no name of a file"),
+    bad("external data with a long name", external_at("location", "w" * 5000), "no name of a file"),
+    bad("external data that is no text", external_by_no_text, "no name of a file"),
     bad("external data outside", external_at("location", "../weights.bin"), "outside", "../weights.bin"),
 ]
 
@@ -252,16 +263,26 @@ def shared_weights() -> onnx.ModelProto:
 
 @pytest.mark.parametrize("method", ["auto", "care"])
 @pytest.mark.parametrize(
-    ("model", "why"),
-    [(tree, "no Gemm, MatMul or Conv"), (no_layer, "no Gemm, MatMul or Conv"), (shared_weights, "also used by")],
-    ids=["tree ensemble", "no layer", "shared weights"],
+    ("model", "why"), [(tree, "trees compare"), (no_layer, "Gemm, MatMul or Conv")], ids=["tree ensemble", "no layer"]
 )
 def test_nothing_that_can_be_repaired(
     tmp_path: Path, model: Callable[[], onnx.ModelProto], why: str, method: str
 ) -> None:
     paths = write_case(tmp_path, model())
-    words = (paths.model, "Gemm, MatMul or Conv" if method == "care" and "Gemm" in why else why)
-    refuses(paths, lambda paths: None, 3, *words, args=("--method", method))
+    refuses(paths, lambda paths: None, 3, paths.model, why, args=("--method", method))
+
+
+@pytest.mark.parametrize("method", ["care", "ai-lancet-flip", "ai-lancet-finetune", "clp", "fine-pruning"])
+def test_shared_weights_are_refused_by_methods_that_change_one_layer(tmp_path: Path, method: str) -> None:
+    paths = write_case(tmp_path, shared_weights())
+    refuses(paths, lambda paths: None, 3, paths.model, "is also used by", args=("--method", method))
+
+
+def test_shared_weights_are_repaired_for_both_layers_together(tmp_path: Path) -> None:
+    paths = write_case(tmp_path, shared_weights())
+    assert fix(paths).exit_code == 0
+    before, after = ({t.name: t for t in onnx.load(path).graph.initializer} for path in (paths.model, paths.out))
+    assert [name for name in before if before[name] != after[name]] == ["square"]
 
 
 # -- data ----------------------------------------------------------------------------------------
@@ -611,6 +632,32 @@ def test_two_inputs(tiny: Paths) -> None:
     for path in (tiny.data, tiny.holdout):
         tiny.edit(path, more=np.zeros((600, FEATURES), np.float32))
     refuses(tiny, lambda paths: None, 2, "properties.seventh", "input, more")
+
+
+def scaled(proto: onnx.ModelProto) -> None:
+    """Multiply the input by a further one, which takes one value."""
+    proto.graph.input.append(helper.make_tensor_value_info("factor", TensorProto.FLOAT, []))
+    proto.graph.node.insert(0, helper.make_node("Mul", ["input", "factor"], ["more"], name="more"))
+    proto.graph.node[1].input[0] = "more"
+
+
+def test_an_input_without_an_axis_for_the_samples(tiny: Paths) -> None:
+    tiny.edit_model(scaled)
+    for path in (tiny.data, tiny.holdout):
+        tiny.edit(path, factor=np.float32(1))
+    refuses(tiny, lambda paths: None, 3, tiny.model, "'factor'", "sample_axes: {factor: null}")
+
+
+@pytest.mark.parametrize(
+    ("axes", "words"), [("{state: 1}", ["sample_axes.state", "no such input"]), ("{input: 2}", ["axis 2", "8]"])]
+)
+def test_axes_that_are_not_there(tiny: Paths, axes: str, words: list[str]) -> None:
+    refuses(tiny, line("seed: 1", f"seed: 1\nsample_axes: {axes}"), 2, tiny.spec, *words)
+
+
+def test_an_input_of_unknown_rank(tiny: Paths) -> None:
+    tiny.edit_model(lambda proto: proto.graph.input[0].type.tensor_type.ClearField("shape"))
+    assert fix(tiny).exit_code == 0
 
 
 # -- triggers that are restored ------------------------------------------------------------------

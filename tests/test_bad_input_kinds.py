@@ -652,16 +652,6 @@ def only_labels() -> onnx.ModelProto:
     return proto
 
 
-def maps() -> onnx.ModelProto:
-    """What skl2onnx writes unless told otherwise: a sequence of dictionaries."""
-    proto = model()
-    zipped = node("ZipMap", "scores", "maps", domain="ai.onnx.ml", classlabels_int64s=list(range(CLASSES)))
-    proto.graph.node.append(zipped)
-    held = helper.make_map_type_proto(TensorProto.INT64, helper.make_tensor_type_proto(FLOAT, None))
-    proto.graph.output[0].CopyFrom(helper.make_value_info("maps", helper.make_sequence_type_proto(held)))
-    return proto
-
-
 def sequence() -> onnx.ModelProto:
     proto = model()
     proto.graph.node.append(node("SequenceConstruct", "scores", "several"))
@@ -733,8 +723,6 @@ MODELS = [
     bad("text, fairness", (of_text(), both(as_text), FAIR, "", 2), "properties.sex", "numbers", "'input'"),
     bad("text, safety", (of_text(), both(as_text), FAR, "", 2), "properties.far", "real numbers", "no numbers"),
     bad("text, backdoor", (of_text(), both(as_text), BACKDOOR, "", 2), "properties.seventh", "triggers are numbers"),
-    bad("maps", (maps(), nothing, FAIR, "", 3), "model.onnx", "maps holds no tensor", "zipmap=False"),
-    bad("maps by name", (maps(), nothing, FAIR, "output: maps\n", 3), "'maps'", "maps holds no tensor"),
     bad("sequence", (sequence(), nothing, WRONG, "", 3), "model.onnx", "several holds no tensor"),
     bad("only labels", (only_labels(), nothing, FAR, "", 3), "model.onnx", "one score per class", "label holds int64"),
     bad("labels by name", (labelled(), nothing, FAIR, "output: label\n", 3), "'label'", "label holds int64"),

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from xml.etree import ElementTree
 
 import hidden
 import numpy as np
@@ -35,7 +36,7 @@ from workers import free_port
 from onnxcare import cli, locators, repair
 from onnxcare._version import __version__
 
-HEAVY = ("numpy", "onnx", "onnxruntime", "onnx_graphsurgeon", "cma", "scipy", "pydantic", "yaml", "rich")
+HEAVY = ("numpy", "onnx", "onnxruntime", "onnx_graphsurgeon", "graphlay", "cma", "scipy", "pydantic", "yaml", "rich")
 
 
 def python(*args: object, **options: object) -> subprocess.CompletedProcess[str]:
@@ -57,7 +58,10 @@ def unlabelled(paths: Paths) -> Paths:
 # -- start ---------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("args", [["--help"], ["fix", "-h"], ["check", "-h"], ["locate", "--help"], ["--version"]])
+@pytest.mark.parametrize(
+    "args",
+    [["--help"], ["fix", "-h"], ["check", "-h"], ["locate", "--help"], ["apply", "-h"], ["diff", "-h"], ["--version"]],
+)
 def test_help_imports_nothing_heavy(args: list[str]) -> None:
     code = (
         "import sys; from onnxcare.cli import main\n"
@@ -90,13 +94,29 @@ def test_methods_and_locators_are_those_of_the_registries() -> None:
 
 
 def test_help_names_every_command_and_option() -> None:
-    assert {"fix", "check", "locate", "inspect", "demo"} <= set(onnxcare("--help").stdout.split())
-    for option in ("--spec", "--output", "--in-place", "--method", "--best-effort", "--json", "--seed", "--memory"):
+    assert {"fix", "apply", "diff", "check", "locate", "inspect", "demo"} <= set(onnxcare("--help").stdout.split())
+    for option in ("--output", "--in-place", "--revert"):
+        assert option in onnxcare("apply", "--help").stdout
+    for option in ("--data", "--spec", "--format", "--seed", "--device", "--memory"):
+        assert option in onnxcare("diff", "--help").stdout
+    for option in ("--spec", "--output", "--in-place", "--method", "--best-effort", "--patch", "--json"):
         assert option in onnxcare("fix", "--help").stdout
-    for option in ("--locator", "--layers", "--max-changed", "--scheduler", "--workers", *cli.METHODS, *cli.LOCATORS):
+    for option in (
+        "--seed",
+        "--memory",
+        "--locator",
+        "--layers",
+        "--max-changed",
+        "--scheduler",
+        "--workers",
+        *cli.METHODS,
+        *cli.LOCATORS,
+    ):
         assert option in onnxcare("fix", "--help").stdout
     for option in ("--spec", "--samples", "--values", "--method", "--top", "--confidence", "--exact", *cli.LOCATORS):
         assert option in onnxcare("locate", "--help").stdout
+    for option in ("--format", "--picture", *cli.INSPECT_FORMATS):
+        assert option in onnxcare("inspect", "--help").stdout
     for option in ("--scheduler", "--workers"):
         assert option in onnxcare("locate", "--help").stdout
     for option in ("--spec", "--output", "--format", "--baseline", "--seed", "--device", "--memory", *cli.FORMATS):
@@ -611,20 +631,46 @@ def test_options_of_locate_out_of_range(tiny: Paths, option: str, value: str) ->
 
 
 def test_inspect(tiny: Paths) -> None:
-    result = onnxcare("inspect", tiny.model, "--json")
+    result = onnxcare("inspect", tiny.model, "--format", "json")
     found = json.loads(result.stdout)
     assert result.exit_code == 0 and result.stderr == ""
-    assert found["opset"] == 17 and found["ir_version"] == 8 and found["nodes"] == 3
+    model = found["model"]
+    assert model["opsets"] == {"ai.onnx": 17} and model["ir_version"] == 8 and model["nodes"] == 3
     assert [layer["name"] for layer in found["layers"]] == ["first", "second"]
-    assert [layer["refusal"] for layer in found["layers"]] == [None, None]
-    assert found["inputs"] == [{"name": "input", "dtype": "float32", "shape": ["batch", 8]}]
-    assert found["sha256"] == hashlib.sha256(tiny.model.read_bytes()).hexdigest()
+    assert [layer["methods"]["auto"] for layer in found["layers"]] == [None, None]
+    assert found["inputs"] == [{"name": "input", "type": "float32", "shape": ["batch", 8]}]
+    assert model["sha256"] == hashlib.sha256(tiny.model.read_bytes()).hexdigest()
+    assert model["bytes"] == tiny.model.stat().st_size
+
+
+def test_inspect_draws_the_graph_beside_what_it_prints(tiny: Paths) -> None:
+    picture = tiny.folder / "graph.svg"
+    result = onnxcare("inspect", tiny.model, "--picture", picture)
+    assert result.exit_code == 0 and result.stdout == onnxcare("inspect", tiny.model).stdout
+    assert ElementTree.parse(picture).getroot().tag == "{http://www.w3.org/2000/svg}svg"
+
+
+@pytest.mark.parametrize(
+    ("name", "words"), [("model.onnx", ["is the model itself"]), ("no/graph.svg", ["folder", "does not exist"])]
+)
+def test_inspect_draws_over_no_model_and_into_no_folder_that_is_missing(tiny: Paths, name: str, words: list) -> None:
+    before = contents(tiny.folder)
+    check_refusal(onnxcare("inspect", tiny.model, "--picture", tiny.folder / name), 2, *words)
+    assert contents(tiny.folder) == before
+
+
+def test_inspect_draws_over_no_external_data(tiny: Paths) -> None:
+    proto = onnx.load(tiny.model)
+    onnx.save(proto, tiny.model, save_as_external_data=True, location="weights.bin", size_threshold=0)
+    before = contents(tiny.folder)
+    check_refusal(onnxcare("inspect", tiny.model, "--picture", tiny.folder / "weights.bin"), 2, "input of this run")
+    assert contents(tiny.folder) == before
 
 
 def test_inspect_as_text(tiny: Paths) -> None:
     result = onnxcare("inspect", tiny.model)
     assert result.exit_code == 0 and result.stderr == ""
-    for word in ("input: float32 [batch, 8]", "first", "second", "hidden"):
+    for word in ("input input: float32 [batch, 8]", "first", "second", "hidden", "16 neurons"):
         assert word in result.stdout
 
 
@@ -760,7 +806,7 @@ def test_exit_code_of_the_module(tiny: Paths) -> None:
 
 def test_reader_goes_away(tiny: Paths) -> None:
     with subprocess.Popen(
-        [sys.executable, "-m", "onnxcare", "inspect", "--json", str(tiny.model)],
+        [sys.executable, "-m", "onnxcare", "inspect", "--format", "json", str(tiny.model)],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -776,7 +822,7 @@ def test_full_disk_behind_standard_output(tiny: Paths, monkeypatch: pytest.Monke
     def full(*args: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr("onnxcare.report.text.show_inspection", full)
+    monkeypatch.setattr("onnxcare.report.inspection.show_inspection", full)
     result = onnxcare("inspect", tiny.model)
     check_refusal(result, 2, "No space left on device")
 

@@ -70,8 +70,26 @@ def test_labels_are_optional(tmp_path: Path) -> None:
 def test_several_inputs_need_as_many_samples(tmp_path: Path) -> None:
     other = Signature("other", FLAT.dtype, FLAT.shape)
     path = save(tmp_path, input=np.ones((5, 8), np.float32), other=np.ones((4, 8), np.float32))
-    with pytest.raises(DataError, match=r"different numbers of samples \[4, 5\]"):
+    with pytest.raises(DataError, match=r"different numbers of samples: input 5, other 4; every input"):
         load_dataset(path, [FLAT, other])
+
+
+def test_samples_on_another_axis_and_values_for_all_of_them(tmp_path: Path) -> None:
+    state = Signature("state", FLAT.dtype, ("batch", 2, 3), axis=1)
+    rate = Signature("rate", np.dtype(np.int64), (None,), axis=None)
+    values = np.arange(30, dtype=np.float32).reshape(2, 5, 3)
+    path = save(tmp_path, input=np.ones((5, 8), np.float32), state=values, rate=np.int64(7), y=np.arange(5))
+    found = load_dataset(path, [rate, FLAT, state])
+    assert len(found) == 5
+    np.testing.assert_array_equal(found.inputs["rate"], [7] * 5)
+    for row in range(5):
+        np.testing.assert_array_equal(found.inputs["state"][row], values[:, row])
+    path = save(tmp_path, state=values[0, 0], rate=np.int64(7))
+    with pytest.raises(DataError, match=r"state has shape \[3\]; the spec's sample_axes has the samples on axis 1"):
+        load_dataset(path, [state, rate])
+    path = save(tmp_path, state=values, rate=np.array([7, 7]))
+    with pytest.raises(DataError, match=r"rate has shape .*takes"):
+        load_dataset(path, [state, rate])
 
 
 def test_no_arrays_of_python_objects(tmp_path: Path) -> None:
@@ -141,6 +159,14 @@ def test_does_not_fit(shape: tuple[int, ...]) -> None:
 def test_does_not_fit_without_the_batch_axis() -> None:
     with pytest.raises(DataError, match=r"mask has shape \[1, 3, 5, 9\].* takes \[3, 'height', None\]"):
         check_fits(np.zeros((1, 3, 5, 9), np.uint8), IMAGE, "mask", batched=False)
+
+
+def test_anything_fits_an_input_of_unknown_rank_that_has_samples() -> None:
+    unranked = Signature("input", FLAT.dtype, (), ranked=False)
+    check_fits(np.zeros((5, 8), np.float32), unranked, "x")
+    check_fits(np.zeros(8, np.float32), unranked, "mask", batched=False)
+    with pytest.raises(DataError, match=r"x has shape \[\]"):
+        check_fits(np.zeros((), np.float32), unranked, "x")
 
 
 @pytest.mark.parametrize("dtype", [np.float64, np.float16, np.int64, np.uint8, ">f4", "U3"])

@@ -106,6 +106,17 @@ def test_a_value_of_exactly_the_threshold_is_not_above_it():
     assert behind.scores(np.array([[-0.1], [0.0], [0.1]])).argmax(axis=-1).tolist() == [0, 0, 1]
 
 
+@pytest.mark.parametrize("leading", [(), (3,)])
+def test_axes_of_length_one_behind_the_classes_are_looked_through(leading):
+    for rule in (item for item in RULES.values() if item.column):
+        pooled, y = dataclasses.replace(rule, ones=2), drawn(rule, *leading)
+        scores = rule.scores(y)
+        np.testing.assert_array_equal(pooled.scores(y[..., None, None]), scores)
+        np.testing.assert_array_equal(pooled.outputs(scores), rule.outputs(scores))
+        np.testing.assert_array_equal(pooled.pull_back(scores), rule.pull_back(scores)[..., None, None])
+        assert pooled.of_output().ones == 2
+
+
 def test_of_equal_values_the_first_is_decided_for():
     y = np.array([[3.0, 1.0, 1.0, 3.0]])
     assert Decision().scores(y).argmax(axis=-1) == [0]

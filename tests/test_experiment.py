@@ -39,9 +39,10 @@ from onnxcare.experiment import Experiment, _Kept, judged_output
 from onnxcare.graph import surgery
 from onnxcare.graph.layers import Layer
 from onnxcare.graph.model import load_model
-from onnxcare.graph.parameters import Parameter, read
+from onnxcare.graph.parameters import Parameter
 from onnxcare.graph.patch import Patch
 from onnxcare.graph.sites import Site
+from onnxcare.graph.storage import Source
 from onnxcare.runtime import Session
 from onnxcare.suffix import Activations, Family, Suffix
 
@@ -184,7 +185,9 @@ def test_values_may_differ_from_sample_to_sample(table: Table) -> None:
 def test_a_span_is_a_change_of_the_weights_in_the_file(table: Table) -> None:
     model = table.experiment.model
     for layer in table.experiment.layers:
-        values = {p.name: read(model.proto, p, model.path.parent) for p in (layer.weight, layer.bias) if p}
+        values = {
+            p.name: p.storage.read(Source(model.proto, model.path.parent)) for p in (layer.weight, layer.bias) if p
+        }
         matrix = layer.matrix(values[layer.weight.name], values[layer.bias.name] if layer.bias else None)
         changes = random(2, *matrix.shape, seed=16, dtype=table.subject.dtype)
         coefficients = np.array([[1.0, 0.0], [-0.5, 2.0], [0.3, 0.3]])
@@ -225,7 +228,7 @@ def folded_scores(table: Table, site: Site, factors: Array, shape: tuple[int, ..
         sent = numbers if layer.input == site.tensor else table.experiment.between(site.tensor, layer.input, numbers)
         channels_first = np.moveaxis(sent[0], 0 if layer.convolution else -1, 0)
         units = channels_first.reshape(layer.inputs, -1)[:, 0].astype(int)
-        weight = read(model.proto, layer.weight, model.path.parent)
+        weight = layer.weight.storage.read(Source(model.proto, model.path.parent))
         values[layer.weight] = layer.scale_inputs(factors[units], weight)
     changed = Subject(onnx.ModelProto.FromString(Patch(values).apply(model)), "", (), "")
     return original(changed, table.x, table.subject.logits)[0]
@@ -749,6 +752,23 @@ def test_the_output_is_the_first_that_fits_or_the_one_that_is_asked_for(
     assert_close(experiment.tensors([found], x)[0], run(model.proto, x, found)[0])
 
 
+@pytest.mark.parametrize(("axis", "logits"), [(1, "maps"), (-1, "y")])
+def test_a_softmax_stands_for_the_classes_only_along_their_axis(axis: int, logits: str, tmp_path: Path) -> None:
+    subject = build(
+        f"""g (float[N, 6] x) => (float[N, 4, 1, 1] y) <int64[2] axes = {{2, 3}}> {{
+            flat = MatMul (x, W3)
+            maps = Unsqueeze (flat, axes)
+            y = Softmax <axis = {axis}> (maps)
+        }}""",
+        {"W3": W3},
+    )
+    x = {"x": random(SIZE, 6)}
+    experiment = Experiment(save(subject, tmp_path), "cpu", PLENTY, x)
+    assert (experiment.logits, experiment.classes, experiment.decision.ones) == (logits, 4, 2)
+    flat, y = run(subject, x, "flat", "y")
+    assert_close(experiment.scores(x), flat if axis == 1 else y[..., 0, 0])
+
+
 def test_an_output_that_is_not_there_is_named_with_the_nearest(tmp_path: Path) -> None:
     model = save(build(HEADS, {"W3": W3}), tmp_path)
     with pytest.raises(SpecError, match=r"model\.onnx has no output 'labl' \(did you mean 'label'\?\)") as error:
@@ -924,14 +944,17 @@ def test_maps_behind_the_scores_are_cut_off(tmp_path: Path) -> None:
         assert_close(scores, np.stack([expected, expected]))
 
 
-def test_scores_that_are_maps_are_refused(tmp_path: Path) -> None:
-    proto = zipmap("float[N, 1] unused").SerializeToString()
-    model = onnx.ModelProto.FromString(proto)
+def test_scores_that_are_maps_are_read_as_what_they_are_made_of(tmp_path: Path) -> None:
+    model = zipmap("float[N, 1] unused")
     del model.graph.output[1]
     loaded = save(model, tmp_path)
     assert [output.name for output in loaded.outputs] == ["label", "maps"]
-    with pytest.raises(ModelError, match="no output with one score per class"):
-        Experiment(loaded, "cpu", PLENTY, {"x": random(3, 6)})
+    x = {"x": random(SIZE, 6)}
+    experiment = Experiment(loaded, "cpu", PLENTY, x)
+    assert (experiment.output, experiment.logits) == ("maps", "p")
+    maps = run(model, x, "maps")[0]
+    expected = [[one[label] for label in range(4)] for one in maps]
+    np.testing.assert_allclose(Session(loaded.path).run_rows(x, ["maps"], rows_per_run=3)[0], expected)
 
 
 @pytest.mark.parametrize(

@@ -31,14 +31,18 @@ def test_the_spec_is_valid(tmp_path):
     assert spec.keep.recall_drop == 0.05
 
 
-@pytest.mark.parametrize("command", ["fix", "check", "locate", "inspect", "demo"])
+@pytest.mark.parametrize("command", ["fix", "apply", "diff", "check", "locate", "inspect", "demo"])
 def test_every_command_and_option_it_names_exists(command):
     shown = CliRunner().invoke(cli.main.commands[command], ["--help"]).output
     assert f"onnxcare {command}" in README
     if command == "fix":
-        options = "--method --seed --device --memory --json --in-place --best-effort --output --spec".split()
+        options = "--method --seed --device --memory --patch --json --in-place --best-effort --output --spec".split()
         assert all(option in shown for option in options)
         assert all(option in README for option in options if option != "--output")
+    if command == "apply":
+        assert all(option in shown and option in README for option in ("--revert", "--in-place"))
+    if command == "diff":
+        assert all(option in shown and option in README for option in ("--data", "--spec"))
     if command == "check":
         options = "--spec --format --output --baseline --seed --device --memory".split()
         assert all(option in shown for option in options)
@@ -60,6 +64,17 @@ def test_the_command_lines_it_shows_can_be_given():
         command = cli.main.commands[name]
         # Raises for an option that does not exist, or one without its value.
         command.make_parser(click.Context(command)).parse_args(rest)
+
+
+def test_what_it_says_about_patch_files_is_so(tiny, monkeypatch):
+    (block,) = [block for block in blocks(README) if "--patch" in block]
+    monkeypatch.chdir(tiny.folder)
+    codes = [
+        CliRunner().invoke(cli.main, shlex.split(line, comments=True)[1:]).exit_code for line in block.splitlines()
+    ]
+    assert codes == [0, 0, 0, 1]
+    assert Path("again.onnx").read_bytes() == Path("repaired.onnx").read_bytes()
+    assert Path("original.onnx").read_bytes() == Path("model.onnx").read_bytes()
 
 
 def test_the_functions_it_names_exist():

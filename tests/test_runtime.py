@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import numpy as np
+import onnx
 import onnxruntime as ort
 import pytest
-from graph.models import SUBJECTS, random
+from graph.models import SUBJECTS, build, random
 
 from onnxcare.errors import DataError, ModelError
 from onnxcare.runtime import Budget, Session, batches
@@ -60,6 +61,17 @@ def test_pieces_of_any_size_give_the_same(subject) -> None:
     for rows in (1, 2, 3, 7, 100):
         for one, other in zip(session.run_rows(x, rows_per_run=rows), expected, strict=True):
             np.testing.assert_allclose(one, other, atol=1e-6)
+
+
+@pytest.mark.parametrize("length", [10, 200, 3000, 1_000_000])
+def test_an_operator_with_a_name_of_any_length_is_refused_at_once(length: int) -> None:
+    proto = build("g (float[N] x) => (float[N] y) { [node] y = Relu (x) }")
+    proto.graph.node[0].op_type, proto.graph.node[0].domain = "a" * length, "com.acme"
+    proto.opset_import.append(onnx.helper.make_opsetid("com.acme", 1))
+    with pytest.raises(ModelError, match=r"^some\.onnx: onnxruntime has no kernel for operator aaa") as refused:
+        Session(proto, what="some.onnx")
+    assert len(str(refused.value)) < 400
+    assert length > 200 or f" {'a' * length} of domain com.acme;" in str(refused.value)
 
 
 def test_no_rows_are_refused(subject) -> None:

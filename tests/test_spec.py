@@ -50,6 +50,7 @@ def test_defaults(tmp_path: Path) -> None:
     assert spec.properties[0].max_rate == 0.01
     assert spec.properties[0].triggered is None and spec.properties[0].triggered_holdout is None
     assert (spec.output, spec.decision, spec.bounds, spec.confidence) == (None, "argmax", None, None)
+    assert spec.sample_axes == {}
     assert (spec.keep.balanced_accuracy_drop, spec.keep.broken) == (0.02, None)
     assert (spec.keep.accuracy, spec.keep.recall) == (None, None)
     assert (spec.keep.decisions_changed, spec.keep.calibration_rise) == (None, None)
@@ -89,6 +90,11 @@ def test_more_to_keep(tmp_path: Path) -> None:
     assert (keep.decisions_changed, keep.calibration_rise, keep.broken) == (0.03, 0, None)
 
 
+def test_where_samples_lie(tmp_path: Path) -> None:
+    spec = load(tmp_path, SHORTEST + "sample_axes: {state: 1, rate: null}\n")
+    assert spec.sample_axes == {"state": 1, "rate": None}
+
+
 def test_bounds(tmp_path: Path) -> None:
     spec = load(tmp_path, SHORTEST + "bounds: {low: [0, -1.5], high: [1, -1.5]}\nconfidence: 0.99\noutput: scores\n")
     assert spec.bounds == Bounds(low=[0, -1.5], high=[1, -1.5])
@@ -113,6 +119,8 @@ def test_bounds(tmp_path: Path) -> None:
         ("keep: {calibration: 0.1}", "unknown key 'keep.calibration' (did you mean 'calibration_rise'?)"),
         ("keep: {accurancy: 0.9}", "unknown key 'keep.accurancy' (did you mean 'accuracy'?)"),
         ("output: 3", "output: "),
+        ("sample_axes: {state: -1}", "sample_axes.state: "),
+        ("sample_axes: {state: first}", "sample_axes.state: "),
     ],
 )
 def test_values_out_of_range(tmp_path: Path, text: str, words: str) -> None:

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from graph.models import SUBJECTS, Array, random
-from graph.operating import Sent, assert_close, assert_identical, operate
+from graph.models import SUBJECTS, Array, attention, random
+from graph.operating import W1, Sent, assert_close, assert_identical, dense_subject, operate
 
 from onnxcare.experiment import Experiment
 from onnxcare.graph.sites import Site
@@ -16,9 +16,9 @@ from onnxcare.sweep import Sweep, spread_units
 SIZE = 7
 
 
-@pytest.fixture(scope="module", params=SUBJECTS)
+@pytest.fixture(scope="module", params=[*SUBJECTS, "attention"])
 def table(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Experiment, dict]:
-    subject = SUBJECTS[request.param]()
+    subject = (SUBJECTS | {"attention": attention})[request.param]()
     return operate(subject, tmp_path_factory.mktemp("model")), subject.samples(SIZE)
 
 
@@ -31,8 +31,9 @@ def at_the_site(experiment: Experiment, site: Site, x: dict[str, Array], units: 
     return suffix.affine(at, spread_units(keep, site, at.base.ndim - 1), reference)
 
 
-def test_forcing_a_unit_is_replacing_its_values_at_the_site(table: tuple[Experiment, dict]) -> None:
-    experiment, x = table
+def assert_forced(experiment: Experiment, x: dict[str, Array]) -> None:
+    """Check that forcing a unit is replacing its values at the site."""
+    assert experiment.sites
     for site in experiment.sites:
         units, values = np.arange(site.units), random(site.units, 3, seed=5, dtype=np.float64)
         sweep = Sweep(experiment, site)
@@ -41,6 +42,16 @@ def test_forcing_a_unit_is_replacing_its_values_at_the_site(table: tuple[Experim
         reference = spread_units(np.repeat(values.reshape(-1, 1), site.units, axis=1), site, rank)
         expected = at_the_site(experiment, site, x, np.repeat(units, 3), reference)
         assert_close(found, expected.reshape(found.shape))
+
+
+def test_forcing_a_unit_is_replacing_its_values_at_the_site(table: tuple[Experiment, dict]) -> None:
+    assert_forced(*table)
+
+
+def test_a_unit_is_forced_through_weights_that_are_made_while_the_model_runs(tmp_path: Path) -> None:
+    nodes = "h = Gemm (x, W1) V = ConstantOfShape <value = float[1] {0.5}> (s) y = Gemm (h, V)"
+    subject = dense_subject(nodes, {"W1": W1, "s": np.int64([8, 4])})
+    assert_forced(operate(subject, tmp_path), subject.samples(SIZE))
 
 
 def test_exchanging_a_unit_is_taking_its_values_from_other_samples(table: tuple[Experiment, dict]) -> None:

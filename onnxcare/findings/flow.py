@@ -35,7 +35,8 @@ from onnxcare.findings.families import (
     kind,
     reduces,
 )
-from onnxcare.findings.walk import integer, integers, label, real, values_of
+from onnxcare.findings.walk import integer, integers, real, values_of
+from onnxcare.graph.view import label
 
 Array = np.ndarray
 

@@ -7,7 +7,8 @@ from collections.abc import Iterable, Iterator
 import onnx
 
 from onnxcare.findings.base import StaticFinding, counted, printable, quoted
-from onnxcare.findings.walk import Scope, label
+from onnxcare.findings.walk import Scope
+from onnxcare.graph.view import label
 
 _STANDARD = {"", "ai.onnx", "ai.onnx.ml"}
 _RUNTIME = "com.microsoft"

@@ -20,12 +20,13 @@ from pathlib import Path
 import numpy as np
 import onnx
 
+from onnxcare.axes import Axes
 from onnxcare.data import Inputs
 from onnxcare.errors import ModelError, nearest
 from onnxcare.findings.base import StaticFinding, counted, limited, quoted
 from onnxcare.findings.files import read
 from onnxcare.findings.walk import scopes
-from onnxcare.runtime import Device, Session
+from onnxcare.runtime import MAPS, Device, Session
 
 Array = np.ndarray
 Decide = Callable[[Array], Array | None]
@@ -40,7 +41,13 @@ _ADVICE = "Deploy with the setting under which it was tested, or with another ve
 
 
 def optimisation_findings(
-    path: Path, inputs: Inputs, output: str | None, device: Device, *, decide: Decide | None = None
+    path: Path,
+    inputs: Inputs,
+    output: str | None,
+    device: Device,
+    *,
+    decide: Decide | None = None,
+    axes: Axes | None = None,
 ) -> list[StaticFinding]:
     """Run a model with and without onnxruntime's optimisations and report answers that differ beyond rounding.
 
@@ -51,17 +58,18 @@ def optimisation_findings(
         device: `cpu` or `cuda`.
         decide: reads the decisions, one per sample, out of an output with floats; by default the highest of several
             columns decides. Every other kind of values is a decision as it is.
+        axes: where the model has the samples of inputs that do not have them on axis 0.
 
     Raises:
         ModelError: the model has no such output, or cannot be run without optimisations.
     """
-    plain = Session(path, device, optimise=False)
+    plain = Session(path, device, optimise=False, axes=axes)
     names = _comparable(plain, output)
     if not names:
         return []
     expected = plain.run_rows(inputs, names)
     try:
-        found = Session(path, device).run_rows(inputs, names)
+        found = Session(path, device, axes=axes).run_rows(inputs, names)
     except ModelError as error:
         message = f"The model runs without onnxruntime's optimisations, but not with them: {error}"
         return [StaticFinding(RULE, "error", "", message)]
@@ -72,12 +80,12 @@ def optimisation_findings(
 
 
 def _comparable(session: Session, output: str | None) -> list[str]:
-    """Return the outputs that are tensors with samples on axis 0."""
-    tensors = {name: shape for name, kind, shape in session.outputs if kind.startswith("tensor(")}
+    """Return the outputs that are tensors with samples on axis 0; one that is asked for may be maps of scores, too."""
+    held = {name: shape for name, kind, shape in session.outputs if kind.startswith("tensor(") or kind in MAPS}
     if output is None:
-        return [name for name, shape in tensors.items() if shape]
-    if output not in tensors:
-        raise ModelError(f"{session.name}: has no tensor output {output!r}{nearest(output, tensors)}")
+        return [name for name, shape in held.items() if shape]
+    if output not in held:
+        raise ModelError(f"{session.name}: has no output {output!r} that can be compared{nearest(output, held)}")
     return [output]
 
 

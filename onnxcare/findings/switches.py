@@ -31,7 +31,8 @@ from onnxcare.findings.base import Level, StaticFinding, counted, printable, quo
 from onnxcare.findings.extent import is_single
 from onnxcare.findings.families import ELEMENTWISE, LINEAR, is_known, kind
 from onnxcare.findings.flow import FIXED, LEARNED, Flow, follow, joined
-from onnxcare.findings.walk import label, names_read, ordered, subgraphs
+from onnxcare.findings.walk import names_read, ordered, subgraphs
+from onnxcare.graph.view import label
 
 # Functions that call functions can stand for any number of nodes.
 _MOST_NODES = 300_000

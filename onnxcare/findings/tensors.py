@@ -12,9 +12,9 @@ from onnx.external_data_helper import uses_external_data
 
 from onnxcare.findings.base import StaticFinding, counted, quoted
 from onnxcare.findings.files import region
-from onnxcare.findings.walk import Held, Scope, Unit, label, values_of
+from onnxcare.findings.walk import Held, Scope, Unit, values_of
 from onnxcare.graph.model import value_fields
-from onnxcare.graph.view import operator
+from onnxcare.graph.view import label, operator
 
 _FLOATS: dict[int, np.dtype] = {
     onnx.TensorProto.FLOAT: np.dtype(np.float32),

@@ -13,7 +13,7 @@ import numpy as np
 import onnx
 from onnx import numpy_helper
 
-from onnxcare.graph.view import operator
+from onnxcare.graph.view import label, operator
 
 
 @dataclass(frozen=True)
@@ -59,11 +59,6 @@ class Held:
     tensor: onnx.TensorProto
     unit: Unit
     node: onnx.NodeProto | None = None
-
-
-def label(node: onnx.NodeProto) -> str:
-    """Return the name of a node, or of what it writes where it has none."""
-    return node.name or next((name for name in node.output if name), "") or node.op_type
 
 
 def integer(node: onnx.NodeProto, name: str, default: int) -> int:

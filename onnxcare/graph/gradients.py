@@ -24,26 +24,18 @@ import onnx_ad.rules
 from onnx import inliner, numpy_helper, shape_inference, version_converter
 
 from onnxcare.errors import DataError, ModelError
+from onnxcare.graph.light import HEAVY, feeding, with_initializers
 from onnxcare.graph.model import numpy_dtype
-from onnxcare.graph.view import attribute, operator, subgraph_inputs
+from onnxcare.graph.paths import FLOATS, Paths, described, element_types, reads
+from onnxcare.graph.straight_through import pass_through_rounding
+from onnxcare.graph.view import attribute, operator
 from onnxcare.runtime import Array, Device, Session, batches
 
 _ADJOINT, _SEEDS = "onnxcare_adjoint_", "onnxcare_seeds"
 # The adjoints of MaxPool and Gather scatter with addition, from opset 16 on. Before opset 11, Clip and Pad have their
 # operands in attributes, where the rules do not look for them.
 _OLDEST_OPSET, _RAISED_OPSET = 16, 17
-# The results of these depend on shapes, not on values.
-_SHAPE_ONLY = {"Shape", "Size", "ConstantOfShape", "EyeLike", "RandomNormalLike", "RandomUniformLike"}
 _WINDOWED = {"Conv", "MaxPool", "AveragePool", "LpPool"}
-_FLOATS = {
-    onnx.TensorProto.UNDEFINED,  # what inference could not type may be one
-    onnx.TensorProto.FLOAT,
-    onnx.TensorProto.DOUBLE,
-    onnx.TensorProto.FLOAT16,
-    onnx.TensorProto.BFLOAT16,
-}
-# Weights with more numbers than this are kept out of onnx-ad's sight.
-_HEAVY = 1 << 12
 # The derivative computes the same values on the way as the part itself, up to the rounding of other kernels, which
 # half precision makes large.
 _TOLERANCE = 1e-2
@@ -83,7 +75,7 @@ class _Derivative(ABC):
             if name not in (known if name in weights else self._names):
                 raise NoGradient(f"{output!r} does not depend on {name!r}")
         fed = [known[name] for name in weights]
-        self._forward = _session(_feeding(answering, fed), device, what)
+        self._forward = _session(feeding(answering, fed), device, what)
         self._dtype = numpy_dtype(self._forward.outputs[0][1])
         if self._dtype is None or not np.issubdtype(self._dtype, np.floating):
             raise NoGradient(f"{output!r} does not hold floating-point numbers")
@@ -311,8 +303,8 @@ def _pruned(model: onnx.ModelProto, outputs: Iterable[str]) -> onnx.ModelProto:
     for node in reversed(model.graph.node):
         if needed.intersection(node.output):
             kept.append(node)
-            needed |= _reads(node)
-    copy = _with_initializers(model, (tensor for tensor in model.graph.initializer if tensor.name in needed))
+            needed |= reads(node)
+    copy = with_initializers(model, (tensor for tensor in model.graph.initializer if tensor.name in needed))
     graph = copy.graph
     _replace(graph.node, reversed(kept))
     held = {tensor.name for tensor in graph.initializer} | {t.values.name for t in graph.sparse_initializer}
@@ -320,21 +312,6 @@ def _pruned(model: onnx.ModelProto, outputs: Iterable[str]) -> onnx.ModelProto:
     _replace(graph.output, (onnx.ValueInfoProto(name=name) for name in outputs))
     # IR 3 wants every initializer among the inputs, where it would be no constant.
     copy.ir_version = max(copy.ir_version, 4)
-    return copy
-
-
-def _with_initializers(model: onnx.ModelProto, kept: Iterable[onnx.TensorProto]) -> onnx.ModelProto:
-    """Return a copy with some of the initializers; the others are not even copied, for they may be large."""
-    copy = onnx.ModelProto()
-    for original, target, left_out in ((model, copy, "graph"), (model.graph, copy.graph, "initializer")):
-        for field, value in original.ListFields():
-            if field.name == left_out:
-                continue
-            if field.is_repeated:
-                getattr(target, field.name).extend(value)
-            else:
-                setattr(target, field.name, value)
-    copy.graph.initializer.extend(kept)
     return copy
 
 
@@ -346,18 +323,7 @@ def _replace(field: Any, items: Iterable[Any]) -> None:
 
 
 def _is_heavy(tensor: onnx.TensorProto) -> bool:
-    return tensor.data_type in _FLOATS and int(np.prod(tensor.dims, dtype=np.int64)) > _HEAVY
-
-
-def _feeding(model: onnx.ModelProto, weights: Iterable[onnx.TensorProto]) -> onnx.ModelProto:
-    """Return the model with some of its initializers as inputs."""
-    fed = {tensor.name: tensor for tensor in weights}
-    if not fed:
-        return model
-    copy = _with_initializers(model, (tensor for tensor in model.graph.initializer if tensor.name not in fed))
-    info = onnx.helper.make_tensor_value_info
-    copy.graph.input.extend(info(tensor.name, tensor.data_type, tensor.dims) for tensor in fed.values())
-    return copy
+    return tensor.data_type in FLOATS and int(np.prod(tensor.dims, dtype=np.int64)) > HEAVY
 
 
 def _hold(model: onnx.ModelProto, weights: Iterable[onnx.TensorProto]) -> None:
@@ -381,7 +347,7 @@ def _fitted(
     Only the shapes of weights matter here, and they are copied dozens of times on the way: they become inputs.
     """
     info = onnx.helper.make_tensor_value_info
-    copy = _feeding(part, weights)
+    copy = feeding(part, weights)
     for item in copy.graph.input:
         if item.name in shapes:
             item.CopyFrom(info(item.name, item.type.tensor_type.elem_type, [rows, *shapes[item.name]]))
@@ -397,6 +363,7 @@ def _fitted(
     known = _shapes(copy)
     for node in copy.graph.node:
         _spell_out_pads(node, known)
+    pass_through_rounding(copy)
     return copy
 
 
@@ -407,7 +374,7 @@ def _inferred(model: onnx.ModelProto) -> onnx.ModelProto:
     """
     del model.graph.value_info[:]
     model = _infer(model)
-    known = _kinds(model)
+    known = element_types(model)
     foreign = [name for node in model.graph.node if not operator(node) for name in node.output if name]
     unknown = [name for name in foreign if not known.get(name)]
     if unknown:
@@ -422,12 +389,6 @@ def _inferred(model: onnx.ModelProto) -> onnx.ModelProto:
 
 def _infer(model: onnx.ModelProto) -> onnx.ModelProto:
     return shape_inference.infer_shapes(model, strict_mode=False, data_prop=True)
-
-
-def _kinds(model: onnx.ModelProto) -> dict[str, int]:
-    """Return the element types that are known, by tensor."""
-    graph = model.graph
-    return {i.name: i.type.tensor_type.elem_type for i in [*graph.value_info, *graph.input, *graph.output]}
 
 
 def _shapes(model: onnx.ModelProto) -> dict[str, list[int]]:
@@ -460,7 +421,7 @@ def _ungroup(part: onnx.ModelProto, kernels: Container[str]) -> None:
 
     onnx-ad has no derivative by the kernels of a grouped convolution.
     """
-    known, kinds = _shapes(part), _kinds(part)
+    known, kinds = _shapes(part), element_types(part)
     nodes: list[onnx.NodeProto] = []
     for node in part.graph.node:
         groups = attribute(node, "group", 1)
@@ -520,31 +481,23 @@ def _set(node: onnx.NodeProto, **values: list[int] | None) -> None:
 # -- the derivative ------------------------------------------------------------------------------
 
 
+def smooth_paths(model: onnx.ModelProto) -> Paths:
+    """Return the paths through a graph along which a derivative can be taken, as far as its operators tell.
+
+    What onnx-ad has no rule for in other respects, only an attempt shows.
+    """
+    return Paths(model, onnx_ad.rules.ZERO_DERIVATIVE)
+
+
 def _check_paths(part: onnx.ModelProto, wanted: Iterable[str], output: str) -> None:
     """Raise NoGradient unless a path of differentiable operators leads from each wanted input to the output.
 
     For what lies behind operators such as Sign and ArgMax, onnx-ad answers zero without a word.
     """
-    kinds = _kinds(part)
+    paths = smooth_paths(part)
     for name in wanted:
-        depending, carried = {name}, {name}
-        hindrance = ""
-        for node in part.graph.node:
-            if operator(node) in _SHAPE_ONLY or not _reads(node) & depending:
-                continue
-            depending.update(node.output)
-            if not _reads(node) & carried:
-                continue
-            floats = [result for result in node.output if kinds.get(result, 0) in _FLOATS]
-            if not operator(node) and floats:
-                raise NoGradient(f"{_label(node)} of domain {node.domain} has no known derivative")
-            if floats and operator(node) not in onnx_ad.rules.ZERO_DERIVATIVE:
-                carried.update(floats)
-            else:
-                hindrance = hindrance or f"{_label(node)} has no derivative"
-        if output not in depending:
-            raise NoGradient(f"{output!r} does not depend on {name!r}")
-        if output not in carried:
+        hindrance = paths.obstacle(name, [output])
+        if hindrance is not None:
             raise NoGradient(hindrance)
 
 
@@ -586,28 +539,19 @@ def _exact_pads(derivative: onnx.ModelProto, part: onnx.ModelProto, shapes: Mapp
         _set(node, output_shape=None, output_padding=overhang)
 
 
-def _reads(node: onnx.NodeProto) -> set[str]:
-    """Return the tensors that a node reads, in its branches and loop bodies too."""
-    return {name for name in (*node.input, *subgraph_inputs(node)) if name}
-
-
-def _label(node: onnx.NodeProto) -> str:
-    return f"{node.op_type} {node.name or node.output[0]!r}"
-
-
 def _refusal(error: Exception) -> str:
     """Say why onnx-ad wrote no derivative, and which node it was at."""
     # Its messages seldom name the node; its functions call it `node`.
     frames = (frame.f_locals.get("node") for frame, _ in traceback.walk_tb(error.__traceback__))
     nodes = [node for node in frames if isinstance(node, onnx.NodeProto)]
     if not isinstance(error, onnx_ad.UnsupportedOperator):
-        place = f" at {_label(nodes[-1])}" if nodes else ""
+        place = f" at {described(nodes[-1])}" if nodes else ""
         return f"onnx-ad failed{place}: {_line(error)}"
     if not nodes:
         return f"no derivative: {_line(error)}"
     if "no reverse rule" in str(error):
-        return f"{_label(nodes[-1])} has no known derivative"
-    return f"{_label(nodes[-1])} cannot be differentiated: {_line(error)}"
+        return f"{described(nodes[-1])} has no known derivative"
+    return f"{described(nodes[-1])} cannot be differentiated: {_line(error)}"
 
 
 def _line(error: Exception) -> str:

@@ -22,14 +22,13 @@ from pathlib import Path
 
 import numpy as np
 import onnx
-from onnx import numpy_helper
 from onnx.external_data_helper import uses_external_data
 from onnx.reference import ReferenceEvaluator
 
 from onnxcare.errors import ModelError, nearest
 from onnxcare.graph.layers import Layer, find_layers
 from onnxcare.graph.masks import RULES, Masks, Unclear
-from onnxcare.graph.parameters import find_parameters, read, tensor_at
+from onnxcare.graph.storage import read_tensor
 from onnxcare.graph.view import GraphView, attribute, operator
 
 Array = np.ndarray
@@ -138,11 +137,10 @@ class _Graph:
         self.view = GraphView(model)
         self.layers = {layer.node: layer for layer in find_layers(self.view)}
         self._functions = {(_plain(function.domain), function.name) for function in model.functions}
-        self._parameters = find_parameters(self.view)
-        self._inputs = {info.name for info in model.graph.input} - set(self._parameters)
+        self._inputs = {info.name for info in model.graph.input} - set(self.view.constants)
         self._folder = folder
         self._constants: dict[str, Array | None] = {}
-        known = self._inputs | set(self.view.producer) | set(self._parameters)
+        known = self._inputs | set(self.view.producer) | set(self.view.constants)
         if output not in known:
             raise ModelError(f"the model has no tensor {output!r}{nearest(output, known)}")
         self.order = _upstream(self.view, output)
@@ -159,7 +157,7 @@ class _Graph:
         # Declared types inside branches and functions would be believed, so nothing is inferred from those.
         nodes = [node for node in self.view.nodes if self.standard(node) and not _subgraphs(node)]
         shapes = _infer_shapes(self.view.proto, self._inputs, nodes)
-        return shapes | {name: parameter.shape for name, parameter in self._parameters.items()}
+        return shapes | {name: tuple(tensor.dims) for name, tensor in self.view.constants.items()}
 
     def start(self, source: str, columns: Sequence[int]) -> Array:
         """Return the mask of the input."""
@@ -182,14 +180,12 @@ class _Graph:
         return self._constants[name]
 
     def _read(self, name: str) -> Array | None:
-        parameter = self._parameters.get(name)
-        if parameter is None:
-            plain = self.view.constants.get(name)
-            return None if plain is None else numpy_helper.to_array(plain)
-        tensor = tensor_at(self.view.proto, parameter.path)
+        tensor = self.view.constants.get(name)
+        if tensor is None:
+            return None
         if self._folder is None and uses_external_data(tensor):
             raise ModelError(f"tensor {name!r} is stored outside the model: name the folder that its file lies in")
-        return read(self.view.proto, parameter, self._folder or Path())
+        return read_tensor(tensor, self._folder or Path())
 
     def explain(self, left: _Taint, output: str) -> str:
         """Say why the columns arrive at the output although every entry is cut."""

@@ -14,6 +14,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 import numpy as np
+import onnx
 
 from onnxcare.errors import ModelError
 from onnxcare.graph.parameters import Parameter, find_parameters
@@ -45,7 +46,7 @@ class Layer:
 
     Attributes:
         name: label of the node.
-        operator: `Gemm`, `MatMul` or `Conv`.
+        operator: `Gemm`, `MatMul`, `Conv`, or the name of one that cannot be rewritten.
         node: index of the node in the graph.
         input: the tensor it reads.
         output: the tensor it writes, bias included.
@@ -58,6 +59,8 @@ class Layer:
         beta: factor on the bias (Gemm).
         convolution: geometry, for Conv.
         refusal: why its weights cannot be rewritten; None if they can.
+        tied: whether that is because other nodes of the graph read the same weight, and for nothing else: it can be
+            changed for all of them together.
     """
 
     name: str
@@ -74,6 +77,7 @@ class Layer:
     beta: float = 1.0
     convolution: Convolution | None = None
     refusal: str | None = None
+    tied: bool = False
 
     @property
     def groups(self) -> int:
@@ -187,34 +191,65 @@ class Layer:
         return weight * (factors[None, :] if self.transposed else factors[:, None])
 
 
-def find_layers(view: GraphView) -> list[Layer]:
-    """Return the layers of the main graph in graph order, those that cannot be rewritten included."""
-    parameters = find_parameters(view)
+def find_layers(view: GraphView, parameters: Mapping[str, Parameter] | None = None) -> list[Layer]:
+    """Return the layers of the main graph in graph order, those that cannot be rewritten included.
+
+    Args:
+        view: the graph.
+        parameters: its constants, by name; None where they are held as they are read.
+    """
+    parameters = find_parameters(view) if parameters is None else parameters
     builders = {"Gemm": _gemm, "MatMul": _matmul, "Conv": _conv}
     layers = []
     for index, node in enumerate(view.nodes):
-        build = builders.get(operator(node))
+        build = _packed if _is_packed(node) else builders.get(operator(node))
         if build is None:
             continue
         layer = build(view, parameters, index)
         if layer is not None:
-            layers.append(_with_refusal(layer))
+            layers.append(_with_refusal(view, layer))
     return layers
 
 
-def _with_refusal(layer: Layer) -> Layer:
+def _with_refusal(view: GraphView, layer: Layer) -> Layer:
     """Refuse shared and non-float weights by name; drop a bias that cannot be patched alone."""
+    if layer.refusal is None and layer.weight.storage.refusal is not None:
+        return replace(layer, refusal=f"its weight {layer.weight.name!r} {layer.weight.storage.refusal}")
     if len(layer.weight.users) > 1:
+        # The same numbers may be read under other names, in branches, or as an output of the model.
+        here = len(view.consumers[layer.weight.name]) == len(layer.weight.users)
         others = [user for user in layer.weight.users if user != layer.name]
         who = others[0] if others else f"{layer.name} again"
-        return replace(layer, refusal=f"its weight {layer.weight.name!r} is also used by {who}")
-    if layer.weight.dtype not in (np.float32, np.float64):
-        kind = layer.weight.dtype
-        return replace(layer, refusal=f"its weight {layer.weight.name!r} is stored as {kind}")
+        return replace(layer, refusal=f"its weight {layer.weight.name!r} is also used by {who}", tied=here)
     bias = layer.bias
-    if bias is not None and (len(bias.users) > 1 or bias.dtype != layer.weight.dtype):
+    if bias is not None and (len(bias.users) > 1 or bias.dtype != layer.weight.dtype or bias.storage.refusal):
         return replace(layer, bias=None)
     return layer
+
+
+def _is_packed(node: onnx.NodeProto) -> bool:
+    return (node.domain, node.op_type) == ("com.microsoft", "MatMulNBits")
+
+
+def _packed(view: GraphView, parameters: Mapping[str, Parameter], index: int) -> Layer | None:
+    """Return a product with a weight of a few bits a value, which is shown but not rewritten."""
+    node = view.nodes[index]
+    weight = parameters.get(node.input[1])
+    if weight is None:
+        return None
+    return Layer(
+        name=view.label(index),
+        operator=node.op_type,
+        node=index,
+        input=node.input[0],
+        output=node.output[0],
+        weight=weight,
+        bias=None,
+        inputs=int(attribute(node, "K")),
+        outputs=int(attribute(node, "N")),
+        transposed=True,
+        refusal=f"its weight {weight.name!r} is packed, {attribute(node, 'bits', 4)} bits a value",
+    )
 
 
 def _weight(view: GraphView, parameters: Mapping[str, Parameter], name: str) -> tuple[Parameter, bool] | None:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -12,8 +12,10 @@ import onnx
 from google.protobuf.message import DecodeError
 from onnx.external_data_helper import ExternalDataInfo, uses_external_data
 
-from onnxcare.errors import ModelError
-from onnxcare.runtime import Session
+from onnxcare.axes import Axes, samples_first
+from onnxcare.errors import ModelError, SpecError, nearest
+from onnxcare.graph.places import tensors
+from onnxcare.runtime import MAPS, Session
 
 VALUE_FIELDS = (
     "raw_data", "float_data", "int32_data", "int64_data", "double_data", "uint64_data", "string_data"
@@ -22,11 +24,18 @@ VALUE_FIELDS = (
 
 @dataclass(frozen=True)
 class Signature:
-    """Name, dtype and shape of a model input or output; unknown dimensions are names or None."""
+    """Name, dtype and shape of a model input or output; unknown dimensions are names or None.
+
+    The file need not say even how many axes there are: the shape is empty then, and `ranked` False. Samples are on axis
+    0 of the shape; where the model has them on another `axis`, or takes one value for all of them (None), the user says
+    so.
+    """
 
     name: str
     dtype: np.dtype | None
     shape: tuple[int | str | None, ...]
+    ranked: bool = True
+    axis: int | None = 0
 
 
 @dataclass(frozen=True)
@@ -46,6 +55,11 @@ class Model:
     sha256: str
     inputs: tuple[Signature, ...]
     outputs: tuple[Signature, ...]
+
+    @property
+    def axes(self) -> dict[str, int | None]:
+        """Where samples lie in inputs that do not have them on axis 0."""
+        return {item.name: item.axis for item in self.inputs if item.axis != 0}
 
     @property
     def data(self) -> bytes:
@@ -70,12 +84,17 @@ class Model:
         return tuple(self.path.parent / name for name in sorted(names))
 
 
-def load_model(path: str | Path) -> Model:
+def load_model(path: str | Path, axes: Axes | None = None) -> Model:
     """Read an ONNX file and make sure that onnxruntime runs it.
+
+    Args:
+        path: the file.
+        axes: where samples lie in inputs that do not have them on axis 0; None for an input without samples.
 
     Raises:
         ModelError: the file is missing, is not an ONNX model, is truncated, lacks its external data, or
             onnxruntime cannot load it.
+        SpecError: there is no such input, or it has no such axis.
     """
     path = Path(path)
     data = _bytes(path)
@@ -87,7 +106,7 @@ def load_model(path: str | Path) -> Model:
         raise ModelError(f"{path}: not an ONNX file, or a truncated one") from None
     if not proto.graph.node:
         raise ModelError(f"{path}: not an ONNX model: it holds no graph with nodes")
-    _check_external_data(path, proto)
+    check_external_data(path, proto)
     _check_values(path, proto)
     sha256 = hashlib.sha256(data).hexdigest()
     del data
@@ -96,9 +115,39 @@ def load_model(path: str | Path) -> Model:
         path=path,
         proto=proto,
         sha256=sha256,
-        inputs=tuple(Signature(n, numpy_dtype(t), s) for n, t, s in session.inputs),
-        outputs=tuple(Signature(n, numpy_dtype(t), s) for n, t, s in session.outputs),
+        inputs=_with_axes(path, _signatures(session.inputs, proto.graph.input), axes or {}),
+        outputs=_signatures(session.outputs, proto.graph.output),
     )
+
+
+def _signatures(
+    found: Sequence[tuple[str, str, tuple[int | str | None, ...]]], infos: Iterable[onnx.ValueInfoProto]
+) -> tuple[Signature, ...]:
+    """Return what onnxruntime says of inputs or outputs; it calls tensors of unknown rank and scalars the same."""
+    unranked = {info.name for info in infos if not info.type.tensor_type.HasField("shape")}
+    return tuple(_signature(name, kind, shape, bool(shape) or name not in unranked) for name, kind, shape in found)
+
+
+def _with_axes(path: Path, inputs: tuple[Signature, ...], axes: Axes) -> tuple[Signature, ...]:
+    known = {item.name: item for item in inputs}
+    for name, axis in axes.items():
+        if name not in known:
+            raise SpecError(f"sample_axes.{name}: {path} has no such input{nearest(name, known)}")
+        if axis and axis >= len(known[name].shape):
+            shape = list(known[name].shape) if known[name].ranked else "that the file does not tell"
+            raise SpecError(f"sample_axes.{name}: there is no axis {axis} in the shape {shape}")
+    return tuple(
+        replace(item, shape=samples_first(item.shape, axes[item.name]), axis=axes[item.name])
+        if item.name in axes
+        else item
+        for item in inputs
+    )
+
+
+def _signature(name: str, kind: str, shape: tuple[int | str | None, ...], ranked: bool) -> Signature:
+    if kind in MAPS:
+        return Signature(name, np.dtype(np.float32), (None, None))
+    return Signature(name, numpy_dtype(kind), shape, ranked)
 
 
 def _bytes(path: Path) -> bytes:
@@ -127,36 +176,34 @@ def check_same_signature(model: Model, other: Model) -> None:
             )
 
 
-def _check_external_data(path: Path, proto: onnx.ModelProto) -> None:
+def check_external_data(path: Path, proto: onnx.ModelProto) -> None:
+    """Make sure that the sidecar files of a model lie beside it; `path` is where its file is, or will be.
+
+    Raises:
+        ModelError: one is missing, or outside of the folder.
+    """
     folder = path.parent.resolve()
     for tensor in _external_tensors(proto):
         try:
             location = ExternalDataInfo(tensor).location
         except ValueError as error:
             raise ModelError(f"{path}: tensor {tensor.name!r} has damaged external data: {error}") from None
-        target = (folder / location).resolve()
+        try:
+            target = (folder / location).resolve()
+            there = target.is_file()
+        except (OSError, TypeError, ValueError):  # too long, no text, a zero byte
+            raise ModelError(
+                f"{path}: tensor {tensor.name!r} has damaged external data: its location is no name of a file"
+            ) from None
         if not target.is_relative_to(folder):
             raise ModelError(f"{path}: tensor {tensor.name!r} points outside its folder: {location}")
-        if not target.is_file():
+        if not there:
             raise ModelError(f"{path}: its external data file {location} is missing from {path.parent}")
-
-
-def _tensors(proto: onnx.ModelProto) -> list[onnx.TensorProto]:
-    """Return every tensor: initializers and attributes, in branches and functions too."""
-    tensors = list(proto.graph.initializer)
-    nodes = [*proto.graph.node, *(node for function in proto.functions for node in function.node)]
-    while nodes:
-        for item in nodes.pop().attribute:
-            tensors += [item.t, *item.tensors]
-            for graph in (item.g, *item.graphs):
-                tensors += graph.initializer
-                nodes += graph.node
-    return tensors
 
 
 def _external_tensors(proto: onnx.ModelProto) -> Iterator[onnx.TensorProto]:
     """Yield every tensor that lies in a sidecar file."""
-    return (tensor for tensor in _tensors(proto) if uses_external_data(tensor))
+    return (tensor for tensor in tensors(proto) if uses_external_data(tensor))
 
 
 def value_fields(tensor: onnx.TensorProto) -> list[str]:
@@ -166,7 +213,7 @@ def value_fields(tensor: onnx.TensorProto) -> list[str]:
 
 
 def _check_values(path: Path, proto: onnx.ModelProto) -> None:
-    for tensor in _tensors(proto):
+    for tensor in tensors(proto):
         fields = value_fields(tensor)
         if len(fields) > 1:
             raise ModelError(

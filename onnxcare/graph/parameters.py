@@ -1,104 +1,124 @@
-"""Parameters: where the weights of a model live, who uses them, and how to read them."""
+"""Parameters: the weight tensors of a graph, who uses them, and how the file holds them."""
 
 from __future__ import annotations
 
-import copy
+from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import onnx
-from onnx import numpy_helper
-from onnx.external_data_helper import uses_external_data
 
-from onnxcare.errors import ModelError
 from onnxcare.graph import wire
-from onnxcare.graph.model import VALUE_FIELDS, value_fields
+from onnxcare.graph.storage import Alike, Numbers, Sparse, Storage, Tensor
 from onnxcare.graph.view import GraphView, operator
 
 # Field numbers of onnx.proto on the way from a ModelProto to a tensor.
-_GRAPH, _INITIALIZER, _NODE, _ATTRIBUTE, _TENSOR = 7, 5, 1, 5, 5
+GRAPH, NODE, INITIALIZER, SPARSE = 7, 1, 5, 15
+ATTRIBUTE, TENSOR = 5, 5
+FUNCTION, NODE_OF_FUNCTION = 25, 7
+VALUES, _INDICES = 1, 2
+# Their weights are lists in attributes.
+_LINEAR_MODELS = {("ai.onnx.ml", "LinearClassifier"), ("ai.onnx.ml", "LinearRegressor")}
 
 
 @dataclass(frozen=True)
 class Parameter:
-    """A weight tensor of the model.
+    """A weight tensor, as the nodes of a graph read it.
 
     Attributes:
         name: name of the tensor.
-        path: where its TensorProto lies in the serialized model.
+        storage: where and how the file holds it.
         shape: its dimensions.
-        dtype: numpy dtype of its elements.
-        users: labels of the nodes that read it, in graph order.
+        dtype: numpy dtype of its elements as they are read: float32 also where the file holds less.
+        users: labels of the nodes that read it, under any name, in graph order.
     """
 
     name: str
-    path: wire.Path
+    storage: Storage
     shape: tuple[int, ...]
     dtype: np.dtype
     users: tuple[str, ...]
 
+    @property
+    def path(self) -> wire.Path:
+        """Where the message that holds its values lies in the serialized model."""
+        return self.storage.path
 
-def find_parameters(view: GraphView) -> dict[str, Parameter]:
-    """Return every tensor constant of the main graph: initializers and Constant nodes, by name."""
-    graph = view.proto.graph
-    found: dict[str, Parameter] = {}
 
-    def add(tensor: onnx.TensorProto, name: str, path: wire.Path) -> None:
-        users = [view.label(index) for index in view.consumers.get(name, [])]
+def find_parameters(view: GraphView, stored: Mapping[str, Storage] | None = None) -> dict[str, Parameter]:
+    """Return every tensor constant of the main graph, by name.
+
+    Args:
+        view: the graph.
+        stored: how the file holds each of them, where the graph is not that of the file; None where it is.
+    """
+    stored = storages(view) if stored is None else stored
+    constants = view.constants
+    users: dict[wire.Path, list[str]] = {}
+    for name, storage in stored.items():
+        mine = users.setdefault(storage.path, [])
+        mine += [view.label(index) for index in view.consumers.get(name, [])]
         if name in view.captured:
-            users.append(view.captured[name])
+            mine.append(view.captured[name])
         if name in view.outputs:
-            users.append("the model's outputs")
-        dtype = onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type)
-        found[name] = Parameter(name, path, tuple(tensor.dims), dtype, tuple(users))
+            mine.append("the model's outputs")
+    return {
+        name: Parameter(name, storage, *_layout(storage, constants.get(name)), tuple(users[storage.path]))
+        for name, storage in stored.items()
+    }
 
-    for index, tensor in enumerate(graph.initializer):
-        add(tensor, tensor.name, ((_GRAPH, 0), (_INITIALIZER, index)))
+
+def storages(view: GraphView) -> dict[str, Storage]:
+    """Return how a file holds the constants of its main graph, by name."""
+    graph = view.proto.graph
+    found: dict[str, Storage] = {
+        tensor.name: Tensor(((GRAPH, 0), (INITIALIZER, index)), tensor.name, tensor.data_type)
+        for index, tensor in enumerate(graph.initializer)
+    }
+    for index, sparse in enumerate(graph.sparse_initializer):
+        path = ((GRAPH, 0), (SPARSE, index))
+        found[sparse.values.name] = Sparse(
+            (*path, (VALUES, 0)),
+            sparse.values.name,
+            (*path, (_INDICES, 0)),
+            tuple(sparse.dims),
+            sparse.values.data_type,
+        )
     for index, node in enumerate(graph.node):
-        if operator(node) != "Constant":
-            continue
-        for position, item in enumerate(node.attribute):
-            if item.name == "value":
-                path = ((_GRAPH, 0), (_NODE, index), (_ATTRIBUTE, position), (_TENSOR, 0))
-                add(item.t, node.output[0], path)
+        if (node.domain, node.op_type) in _LINEAR_MODELS:
+            for position, item in enumerate(node.attribute):
+                if item.name in ("coefficients", "intercepts"):
+                    at = ((GRAPH, 0), (NODE, index), (ATTRIBUTE, position))
+                    name = numbers_name(node, item.name)
+                    found[name] = Numbers(at, name, (len(item.floats),))
+        elif operator(node) == "Constant":
+            held = _in_constant(node, ((GRAPH, 0), (NODE, index)))
+            if held is not None:
+                found[node.output[0]] = held
+        elif operator(node) == "ConstantOfShape":
+            shape = view.small_constant(node.input[0])
+            if shape is not None:
+                lengths = tuple(int(length) for length in shape)
+                found[node.output[0]] = Alike(((GRAPH, 0), (NODE, index)), node.output[0], lengths)
     return found
 
 
-def tensor_at(proto: onnx.ModelProto, path: wire.Path) -> onnx.TensorProto:
-    """Return the TensorProto that a parameter's path leads to."""
-    if path[1][0] == _INITIALIZER:
-        return proto.graph.initializer[path[1][1]]
-    return proto.graph.node[path[1][1]].attribute[path[2][1]].t
+def numbers_name(node: onnx.NodeProto, attribute: str) -> str:
+    """Return how the numbers in an attribute of a linear model are called: after what it answers, which is unique."""
+    return f"{node.output[-1]}.{attribute}"
 
 
-def read(proto: onnx.ModelProto, parameter: Parameter, folder: Path) -> np.ndarray:
-    """Return the values of a parameter, external data included, as onnxruntime reads them.
-
-    Raises:
-        ModelError: the tensor carries values in two fields, so that readers disagree about the weights.
-    """
-    tensor = tensor_at(proto, parameter.path)
-    filled = value_fields(tensor)
-    if len(filled) > 1:
-        raise ModelError(
-            f"tensor {parameter.name!r} carries values in two fields ({' and '.join(filled)}): "
-            "readers disagree about its weights, so it cannot be repaired"
-        )
-    if uses_external_data(tensor):
-        # Older releases of onnx leave the values they read in the tensor.
-        tensor = copy.deepcopy(tensor)
-    return numpy_helper.to_array(tensor, str(folder))
+def _in_constant(node: onnx.NodeProto, path: wire.Path) -> Storage | None:
+    for position, item in enumerate(node.attribute):
+        at = (*path, (ATTRIBUTE, position))
+        if item.name == "value":
+            return Tensor((*at, (TENSOR, 0)), node.output[0], item.t.data_type)
+        if item.name == "value_floats":
+            return Numbers(at, node.output[0], (len(item.floats),))
+    return None
 
 
-def encode(proto: onnx.ModelProto, parameter: Parameter, values: np.ndarray) -> bytes:
-    """Return the serialized TensorProto of a parameter with new values; name and metadata stay."""
-    tensor = onnx.TensorProto()
-    tensor.CopyFrom(tensor_at(proto, parameter.path))
-    payload = numpy_helper.from_array(np.ascontiguousarray(values, dtype=parameter.dtype))
-    if tuple(payload.dims) != parameter.shape or payload.data_type != tensor.data_type:
-        raise ValueError(f"{parameter.name}: {values.shape} does not fit {parameter.shape}")
-    for name in (*VALUE_FIELDS, "external_data", "data_location"):
-        tensor.ClearField(name)
-    tensor.raw_data = payload.raw_data
-    return tensor.SerializeToString(deterministic=True)
+def _layout(storage: Storage, tensor: onnx.TensorProto | None) -> tuple[tuple[int, ...], np.dtype]:
+    if tensor is not None:
+        return tuple(tensor.dims), onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type)
+    return storage.shape if isinstance(storage, Numbers | Sparse | Alike) else (), np.dtype(np.float32)

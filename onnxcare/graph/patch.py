@@ -17,12 +17,13 @@ import onnx
 from onnxcare.errors import ModelError, UsageError
 from onnxcare.graph import wire
 from onnxcare.graph.model import Model
-from onnxcare.graph.parameters import Parameter, encode, read
+from onnxcare.graph.parameters import Parameter
+from onnxcare.graph.storage import Source
 
 Array = np.ndarray
 
 PREFIX = "onnxcare."
-_METADATA_PROPS = 14  # field of ModelProto
+METADATA_PROPS = onnx.ModelProto.METADATA_PROPS_FIELD_NUMBER
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,7 @@ class TensorChange:
         size: how many values it has.
         norm: Euclidean norm of the change.
         relative: that norm divided by the norm of the original values.
+        largest: the largest change of a single value, without its sign.
     """
 
     name: str
@@ -44,6 +46,27 @@ class TensorChange:
     size: int
     norm: float
     relative: float
+    largest: float
+
+    @classmethod
+    def between(cls, name: str, old: Array, new: Array) -> TensorChange:
+        """Return how much values of the same shape and type differ."""
+        # By their bytes: NaN equals itself there, and -0 is another number than 0.
+        changed = (_as_bytes(old) != _as_bytes(new)).any(axis=-1)
+        wide = np.complex128 if np.iscomplexobj(old) else np.float64
+        before, after = (values.reshape(-1)[changed].astype(wide) for values in (old, new))
+        with np.errstate(invalid="ignore", over="ignore"):
+            differences = np.abs(after - before)
+            norm = float(np.linalg.norm(differences))
+            relative = norm / max(float(np.linalg.norm(old.astype(wide))), 1e-30)
+        largest = float(differences.max(initial=0))
+        return cls(name, old.shape, int(changed.sum()), old.size, norm, relative, largest)
+
+
+def _as_bytes(values: Array) -> Array:
+    """Return the bytes of every value, [values, bytes]."""
+    flat = np.ascontiguousarray(values).reshape(-1)
+    return flat.view(np.uint8).reshape(flat.size, values.dtype.itemsize)
 
 
 @dataclass(frozen=True)
@@ -54,15 +77,13 @@ class Patch:
 
     def summary(self, model: Model) -> list[TensorChange]:
         """Return what the patch changes, tensor by tensor, as it will be stored."""
-        changes = []
-        for parameter, values in self.values.items():
-            old = read(model.proto, parameter, model.path.parent).astype(np.float64)
-            new = values.astype(parameter.dtype).astype(np.float64)
-            norm = float(np.linalg.norm(new - old))
-            relative = norm / max(float(np.linalg.norm(old)), 1e-30)
-            changed = int((new != old).sum())
-            changes.append(TensorChange(parameter.name, parameter.shape, changed, old.size, norm, relative))
-        return changes
+        source = Source(model.proto, model.path.parent)
+        return [
+            TensorChange.between(
+                parameter.storage.name, parameter.storage.read(source), parameter.storage.rounded(source, values)
+            )
+            for parameter, values in self.values.items()
+        ]
 
     def apply(self, model: Model) -> bytes:
         """Return the bytes of the model with the patched tensors; every other byte is the original's.
@@ -72,12 +93,10 @@ class Patch:
         Raises:
             ModelError: the new values overflow the tensor's type, or the bytes are laid out in an unusual way.
         """
-        edits = {}
+        edits: dict[wire.Path, bytes] = {}
+        source = Source(model.proto, model.path.parent)
         for parameter, values in self.values.items():
-            stored = values.astype(parameter.dtype)
-            if not np.isfinite(stored).all():
-                raise ModelError(f"{parameter.name}: the repair does not fit into {parameter.dtype}")
-            edits[parameter.path] = encode(model.proto, parameter, stored)
+            edits |= parameter.storage.encode(source, values)
         try:
             return wire.splice(model.data, edits)
         except (KeyError, ValueError):
@@ -89,14 +108,16 @@ class Patch:
 
 def with_metadata(data: bytes, entries: Mapping[str, str]) -> bytes:
     """Return model bytes whose `onnxcare.*` metadata is exactly `entries` (keys without the prefix)."""
-
-    def ours(content: bytes) -> bool:
-        return onnx.StringStringEntryProto.FromString(content).key.startswith(PREFIX)
-
     new = [
         onnx.StringStringEntryProto(key=PREFIX + key, value=value).SerializeToString() for key, value in entries.items()
     ]
-    return wire.replace_entries(data, _METADATA_PROPS, ours, new)
+    return wire.replace_entries(data, METADATA_PROPS, is_ours, new)
+
+
+def is_ours(content: bytes) -> bool:
+    """Return whether a serialized metadata entry is one of `onnxcare.*`."""
+    # What is not UTF-8, protobuf hands over as bytes.
+    return str(onnx.StringStringEntryProto.FromString(content).key).startswith(PREFIX)
 
 
 def check_output(out: Path, taken: list[Path], model: Path, in_place: bool) -> None:
@@ -184,8 +205,9 @@ def publish(model: Model, path: Path, data: bytes, out: Path) -> None:
     path.replace(out)
 
 
-def write_atomically(path: Path, content: str | bytes) -> None:
-    """Write a file so that it is either whole or not there.
+@contextlib.contextmanager
+def staged_file(path: Path, content: str | bytes) -> Iterator[None]:
+    """Write a file beside its place, and move it there when what is done meanwhile has ended well.
 
     Raises:
         UsageError: it cannot be written.
@@ -193,4 +215,15 @@ def write_atomically(path: Path, content: str | bytes) -> None:
     with _folder_beside(path) as folder:
         whole = folder / path.name
         whole.write_bytes(content.encode("utf-8") if isinstance(content, str) else content)
+        yield
         whole.replace(path)
+
+
+def write_atomically(path: Path, content: str | bytes) -> None:
+    """Write a file so that it is either whole or not there.
+
+    Raises:
+        UsageError: it cannot be written.
+    """
+    with staged_file(path, content):
+        pass

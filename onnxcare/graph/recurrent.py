@@ -17,7 +17,7 @@ import numpy as np
 import onnx
 from onnx import NodeProto, helper
 
-from onnxcare.graph.parameters import Parameter, find_parameters
+from onnxcare.graph.parameters import Parameter
 from onnxcare.graph.view import GraphView, attribute, operator
 
 Array = np.ndarray
@@ -135,9 +135,13 @@ class Recurrent:
         return np.where(last[..., None], first, before)
 
 
-def find_recurrent(view: GraphView) -> list[Recurrent]:
-    """Return the recurrent nodes of the main graph in graph order, those that cannot be rewritten included."""
-    parameters = find_parameters(view)
+def find_recurrent(view: GraphView, parameters: Mapping[str, Parameter]) -> list[Recurrent]:
+    """Return the recurrent nodes of the main graph in graph order, those that cannot be rewritten included.
+
+    Args:
+        view: the graph.
+        parameters: its constants, by name.
+    """
     found = []
     for index, node in enumerate(view.nodes):
         if operator(node) not in _GATES:
@@ -166,8 +170,8 @@ def _with_refusal(item: Recurrent) -> Recurrent:
             others = [user for user in parameter.users if user != item.name]
             who = others[0] if others else f"{item.name} again"
             return replace(item, refusal=f"its weight {parameter.name!r} is also used by {who}")
-        if parameter.dtype not in (np.float32, np.float64):
-            return replace(item, refusal=f"its weight {parameter.name!r} is stored as {parameter.dtype}")
+        if parameter.storage.refusal is not None:
+            return replace(item, refusal=f"its weight {parameter.name!r} {parameter.storage.refusal}")
     return item
 
 

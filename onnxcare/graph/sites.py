@@ -3,12 +3,13 @@
 The units of a layer lie on one axis of its output: channels of a convolution, features of a product. That axis is
 followed forward through element-wise steps, normalisation, pooling, transposes and additions. A site is the last
 tensor in front of a reading layer on which the axis is still there: behind it come only steps that
-move values about (Flatten, Reshape, Transpose ...), so a multiplier on a unit can be folded into the reader.
+move values about (Flatten, Reshape, Transpose ...), so a multiplier on a unit can be folded into the reader. In front
+of the output projection of an attention there is a second site, whose units are whole heads.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
 from onnx import NodeProto
@@ -20,7 +21,7 @@ from onnxcare.graph.view import GraphView, attribute, operator
 _UNIT_WISE = frozenset(
     "Relu LeakyRelu Elu Selu Celu Gelu Sigmoid HardSigmoid HardSwish Swish Mish Tanh Softplus Softsign "
     "ThresholdedRelu Clip Erf Exp Log Sqrt Abs Neg Sign Floor Ceil Round Pow Reciprocal "
-    "BatchNormalization Dropout Identity Cast Shrink".split()
+    "BatchNormalization Dropout Identity Cast Shrink QuantizeLinear DequantizeLinear".split()
 )
 # Steps over the positions of a map: they keep channels apart, and mix units on any other axis.
 _CHANNEL_WISE = frozenset(
@@ -42,7 +43,7 @@ class Site:
         tensor: its name.
         axis: the axis its units lie on (axis 0 holds the samples).
         units: how many there are.
-        kind: `channel` or `neuron`.
+        kind: `channel`, `neuron` or `head`.
         writers: names of the layers whose outputs arrive here.
         readers: the layers that read it.
         other: what else reads it, so that its units reach the scores beside the readers; None if nothing does.
@@ -67,8 +68,16 @@ class _Units:
     writers: tuple[str, ...]
 
 
-def find_sites(view: GraphView, layers: list[Layer]) -> list[Site]:
-    """Return the sites of the main graph, in the order in which they are computed."""
+def find_sites(
+    view: GraphView, layers: list[Layer], shapes: Mapping[str, tuple[int | None, ...]] | None = None
+) -> list[Site]:
+    """Return the sites of the main graph, in the order in which they are computed.
+
+    Args:
+        view: the graph.
+        layers: its layers.
+        shapes: as far as they are known, by tensor; without them no attention heads are found.
+    """
     units = _follow_units(view, layers)
     hidden = _behind_layers(view, layers)
     readers: dict[str, list[Layer]] = {}
@@ -83,6 +92,10 @@ def find_sites(view: GraphView, layers: list[Layer]) -> list[Site]:
             axis, kind = (1, "channel") if layer.convolution else (-1, "neuron")
             units.setdefault(tensor, _Units(axis, layer.inputs, kind, ()))
         readers.setdefault(tensor, []).append(layer)
+        heads = _heads(view, layer, shapes or {})
+        if heads is not None:
+            units[heads[0]] = _Units(1, heads[1], "head", ())
+            readers.setdefault(heads[0], []).append(layer)
     order = view.producer
     sites = []
     for tensor, found in sorted(readers.items(), key=lambda item: order[item[0]]):
@@ -101,6 +114,21 @@ def find_sites(view: GraphView, layers: list[Layer]) -> list[Site]:
             )
         )
     return sites
+
+
+def _heads(view: GraphView, layer: Layer, shapes: Mapping[str, tuple[int | None, ...]]) -> tuple[str, int] | None:
+    """Return the attention heads that a layer reads side by side, [N, heads, tokens, size], and how many there are."""
+    tensor = layer.input
+    for step, wanted in (("Reshape", None), ("Transpose", [0, 2, 1, 3])):
+        index = view.producer.get(tensor)
+        if index is None or operator(view.nodes[index]) != step:
+            return None
+        if wanted is not None and attribute(view.nodes[index], "perm") != wanted:
+            return None
+        tensor = view.nodes[index].input[0]
+    shape = shapes.get(tensor, ())
+    heads = shape[1] if len(shape) == 4 else None
+    return (tensor, heads) if heads and layer.inputs % heads == 0 and tensor in view.producer else None
 
 
 def _behind_layers(view: GraphView, layers: list[Layer]) -> set[str]:

@@ -30,16 +30,13 @@ from onnx_graphsurgeon.logger import G_LOGGER
 
 from onnxcare.decision import Final
 from onnxcare.errors import ModelError
+from onnxcare.graph.batch import AS_GIVEN
 from onnxcare.graph.layers import Layer
-from onnxcare.graph.model import Model
 from onnxcare.graph.sites import Site
-from onnxcare.graph.view import GraphView, operator
 
 BASE, KEEP, REFERENCE = "onnxcare_base", "onnxcare_keep", "onnxcare_reference"
 COEFFICIENTS, DIRECTIONS = "onnxcare_coefficients", "onnxcare_directions"
 UNIT, WEIGHT, SHIFT = "onnxcare_unit", "onnxcare_weight", "onnxcare_shift"
-
-_OLDEST_OPSET = 8  # broadcasting from 7, Expand from 8
 
 
 def boundary_input(tensor: str) -> str:
@@ -50,66 +47,6 @@ def boundary_input(tensor: str) -> str:
 def boundary_shape(tensor: str) -> str:
     """Return the name of the suffix input that says how far to expand that tensor."""
     return f"onnxcare_shape__{tensor}"
-
-
-def experiment_copy(model: Model) -> onnx.ModelProto:
-    """Return a copy with all weights inside and, where the file fixes it, the batch size made free.
-
-    Raises:
-        ModelError: the model's operator set is too old for the inserted nodes.
-    """
-    if model.opset < _OLDEST_OPSET:
-        raise ModelError(
-            f"{model.path}: it uses opset {model.opset}; experiments need opset {_OLDEST_OPSET} or newer "
-            "(onnx.version_converter can raise it)"
-        )
-    copy = onnx.ModelProto()
-    copy.CopyFrom(model.proto)
-    onnx.load_external_data_for_model(copy, str(model.path.parent))
-    fixed = _relax_batch(copy, {signature.name for signature in model.inputs})
-    if fixed:
-        _relax_reshapes(copy, fixed)
-    try:
-        return onnx.shape_inference.infer_shapes(copy)
-    except Exception:  # inference is a help for dtypes, not a need; custom operators make it fail
-        return copy
-
-
-def _relax_batch(copy: onnx.ModelProto, inputs: set[str]) -> int:
-    """Make axis 0 of inputs and outputs symbolic; return the size it was fixed at, or 0."""
-    fixed = 0
-    for info in [i for i in copy.graph.input if i.name in inputs] + list(copy.graph.output):
-        shape = info.type.tensor_type.shape
-        if info.type.HasField("tensor_type") and shape.dim and shape.dim[0].HasField("dim_value"):
-            if info.name in inputs:
-                fixed = shape.dim[0].dim_value
-            shape.dim[0].dim_param = "onnxcare_batch"
-    if fixed:
-        del copy.graph.value_info[:]
-    return fixed
-
-
-def _relax_reshapes(copy: onnx.ModelProto, fixed: int) -> None:
-    """Let Reshape nodes with the batch size in their target copy it from their input instead.
-
-    [1, -1] would otherwise merge the whole batch into one row without a word.
-    """
-    view = GraphView(copy)
-    for node in copy.graph.node:
-        if operator(node) != "Reshape" or not view.is_activation(node.input[0]):
-            continue
-        target = view.small_constant(node.input[1])
-        if target is None or target.size < 2 or target[0] != fixed:
-            continue
-        relaxed = target.copy()
-        # 0 copies the first axis; where -1 is free, the samples may also have been merged with another one before.
-        relaxed[0] = 0 if -1 in target else -1
-        name = f"onnxcare_relaxed__{node.input[1]}__{len(copy.graph.initializer)}"
-        copy.graph.initializer.append(onnx.numpy_helper.from_array(relaxed, name))
-        node.input[1] = name
-        kept = [item for item in node.attribute if item.name != "allowzero"]
-        del node.attribute[:]
-        node.attribute.extend(kept)
 
 
 @contextlib.contextmanager
@@ -485,10 +422,12 @@ def _crossing(graph: gs.Graph, h: gs.Variable, scores: gs.Variable, behind: list
     """Return the tensors beside h that the suffix needs from the prefix.
 
     What is computed from constants has no samples to be repeated for, and what is computed from shapes carries the
-    batch size of the prefix: their producers are pulled into the suffix until only activations cross.
+    batch size of the prefix: their producers are pulled into the suffix until only activations cross. So are those of
+    what is computed from inputs alone that have no samples on axis 0.
     """
     suffix = {id(node) for node in behind}
-    activations = {id(node) for node in _behind(graph, graph.inputs, stop=("Shape", "Size"))}
+    laid_out = [tensor for tensor in graph.inputs if not any(node.name.startswith(AS_GIVEN) for node in tensor.outputs)]
+    activations = {id(node) for node in _behind(graph, laid_out, stop=("Shape", "Size"))}
     known = graph.tensors()
     crossing: dict[str, gs.Variable] = {}
     pending = [scores]

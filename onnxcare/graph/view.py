@@ -95,6 +95,16 @@ class GraphView:
         return bool(name) and name not in self._fixed
 
 
+def label(node: onnx.NodeProto) -> str:
+    """Return the name of a node, or of what it writes where it has none."""
+    return node.name or next((name for name in node.output if name), "") or node.op_type
+
+
+def as_text(name: str | bytes) -> str:
+    """Return a name as text: protobuf hands over what is not UTF-8 as bytes."""
+    return name if isinstance(name, str) else name.decode("utf-8", "backslashreplace")
+
+
 def operator(node: onnx.NodeProto) -> str:
     """Return the name of a node's standard operator, or nothing for one of another domain."""
     return node.op_type if node.domain in ("", "ai.onnx") else ""

@@ -6,12 +6,12 @@ moved along a gradient, and in a recurrent network it is nearly all there is.
 
 from __future__ import annotations
 
-from collections.abc import Container
+from collections.abc import Container, Mapping
 from dataclasses import dataclass
 
 import numpy as np
 
-from onnxcare.graph.parameters import Parameter, find_parameters
+from onnxcare.graph.parameters import Parameter
 from onnxcare.graph.view import GraphView, operator
 
 # Which inputs of an operator are weights; the first one gives the size of those that are zero.
@@ -38,14 +38,14 @@ class Weights:
     parameters: tuple[Parameter, ...]
 
 
-def find_weights(view: GraphView, known: Container[str] = ()) -> list[Weights]:
+def find_weights(view: GraphView, parameters: Mapping[str, Parameter], known: Container[str] = ()) -> list[Weights]:
     """Return the weights of the main graph's nodes, in graph order, each tensor once.
 
     Args:
         view: the graph.
+        parameters: its constants, by name.
         known: tensors to leave out.
     """
-    parameters = find_parameters(view)
     seen: set[str] = set()
     found = []
     for index, node in enumerate(view.nodes):
@@ -70,4 +70,4 @@ def _origin(view: GraphView, tensor: str) -> str:
 
 
 def _floating(parameter: Parameter) -> bool:
-    return parameter.dtype in (np.float32, np.float64)
+    return parameter.dtype in (np.float32, np.float64) and parameter.storage.refusal is None

@@ -65,7 +65,7 @@ def fields(data: bytes, start: int, end: int) -> Iterator[tuple[int, int, int, i
         yield number, begin, content, at
 
 
-def _is_message(data: bytes, begin: int) -> bool:
+def is_message(data: bytes, begin: int) -> bool:
     """Return whether a field holds bytes: readers take any other wire type for an unknown field and do not count it."""
     return data[begin] & 7 == _LENGTH
 
@@ -105,7 +105,7 @@ def _splice(
     # Only ancestors of an edit are opened: the large rest of the file is copied in whole slices.
     inner = {path[: depth + 1] for path in edits if len(path) > depth and path[:depth] == prefix}
     for number, begin, content, stop in fields(data, start, end):
-        if not _is_message(data, begin):
+        if not is_message(data, begin):
             continue
         occurrence = seen.get(number, 0)
         seen[number] = occurrence + 1
@@ -135,7 +135,7 @@ def replace_entries(data: bytes, number: int, drop: Callable[[bytes], bool], add
     parts: list[bytes] = []
     unchanged_from = 0
     for found, begin, content, stop in fields(data, 0, len(data)):
-        if found == number and _is_message(data, begin) and drop(data[content:stop]):
+        if found == number and is_message(data, begin) and drop(data[content:stop]):
             parts.append(data[unchanged_from:begin])
             unchanged_from = stop
     parts.append(data[unchanged_from:])

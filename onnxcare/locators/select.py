@@ -15,6 +15,7 @@ import numpy as np
 
 from onnxcare.case import Case
 from onnxcare.errors import DataError, ModelError
+from onnxcare.graph.outside import why_none
 from onnxcare.graph.sites import Site
 from onnxcare.locators import LOCATORS
 from onnxcare.locators.attribution import Attribution, mean_activations
@@ -127,7 +128,11 @@ def attribute_sites(
 def _usable(case: Case, sites: Sequence[Site]) -> tuple[list[Site], ModelError]:
     """Return the sites that can be cut open, and what to say where nothing is found at them."""
     usable = []
-    failure = ModelError(f"{case.experiment.model.path}: {_NOTHING if sites else _NO_SITES}")
+    experiment = case.experiment
+    why = _NOTHING if sites else _NO_SITES
+    if not experiment.layers:
+        why = f"no unit can be intervened on: {why_none(experiment.form.view, (), _NO_SITES)}"
+    failure = ModelError(f"{experiment.model.path}: {why}")
     for site in sites:
         try:
             Sweep(case.experiment, site)

@@ -93,7 +93,8 @@ def rank_weights(case: Case, locators: Sequence[str]) -> tuple[list[WeightRankin
         if name in by_name and by_name[name].outputs == item.site.units
     ]
     if not rankings:
-        why = "; ".join(f"{name}: {reason}" for name, reason in list(skipped.items())[:3])
+        refused = {layer.name: layer.refusal for layer in case.experiment.layers if layer.refusal}
+        why = "; ".join(f"{name}: {reason}" for name, reason in list((skipped | refused).items())[:3])
         raise ModelError(f"{case.experiment.model.path}: nothing could be located in any layer: {why}")
     return rankings, votes, skipped
 

@@ -184,15 +184,18 @@ def check(spec: BackdoorSpec, signatures: Sequence[Signature], classes: int) -> 
     """Make sure that the model can have such a backdoor.
 
     Raises:
-        SpecError: a target is not a class, or the model has several inputs.
+        SpecError: a target is not a class, or the model has several inputs, and a trigger is to be known or found.
     """
     named = [*spec.target, *spec.target.values()] if isinstance(spec.target, dict) else [spec.target]
     for label in named:
         if label is not None and label >= classes:
             raise SpecError(f"properties.{spec.name}.target: {label} is not a class; the model has 0 to {classes - 1}")
-    if len(signatures) != 1:
+    if len(signatures) != 1 and spec.twins is None:
         names = ", ".join(signature.name for signature in signatures)
-        raise SpecError(f"properties.{spec.name}: triggers need a model with one input, not {names}")
+        raise SpecError(
+            f"properties.{spec.name}: triggers need a model with one input, not {names}; give triggered samples with "
+            "their twins instead"
+        )
 
 
 def prepare(
@@ -220,7 +223,8 @@ def prepare(
     Raises:
         DataError: a file does not fit.
     """
-    (name,) = (signature.name for signature in signatures)
+    # Where there are several inputs, there are twins, and nothing is stamped.
+    name = signatures[0].name
     leads_to = targets_of(spec, classes)
     clean = splits.repair.inputs[name]
     if spec.trigger is not None:

@@ -16,8 +16,12 @@ from typing import Any
 
 import numpy as np
 
+from onnxcare.backward import tunable
 from onnxcare.case import Case
 from onnxcare.errors import DataError, ModelError
+from onnxcare.graph.anatomy import Anatomy
+from onnxcare.graph.layers import Layer
+from onnxcare.graph.outside import why_none
 from onnxcare.panel import Outcome
 from onnxcare.repair import cascade, cut, directions, finetune, last_layer, network_finetune, neuron_finetune, recurrent
 from onnxcare.repair.base import Candidate, Found, Repair, Values
@@ -37,12 +41,12 @@ def repair(case: Case) -> Repair:
     """Find the best change, see the module's docstring.
 
     Raises:
-        ModelError: the model has no layer whose weights can be rewritten, or no strategy could be tried.
+        ModelError: the model has no weights that can be rewritten, or no strategy could be tried.
     """
-    if all(layer.refusal is not None for layer in case.experiment.layers):
-        reasons = [f"{layer.name}: {layer.refusal}" for layer in case.experiment.layers]
-        why = "; ".join(reasons[:3]) or "it has no Gemm, MatMul or Conv with constant weights"
-        raise ModelError(f"{case.experiment.model.path}: no layer can be repaired: {why}")
+    if not tunable(case.experiment):
+        experiment = case.experiment
+        why = why_none(experiment.form.view, experiment.layers, "it has no Gemm, MatMul or Conv with constant weights")
+        raise ModelError(f"{experiment.model.path}: no layer can be repaired: {why}")
     chosen = Candidate("no change", case.before)
     candidates, rounds, labels, notes = [chosen], [], [], []
     values: dict[Any, np.ndarray] = {}
@@ -72,6 +76,16 @@ def repair(case: Case) -> Repair:
     candidates[0] = Candidate("no change", case.before)
     chosen = chosen if values else candidates[0]
     return Repair("auto", values, chosen, candidates, {"rounds": rounds}, pareto_front(candidates), notes)
+
+
+def hindrance(anatomy: Anatomy, layer: Layer) -> str | None:
+    """Say why no strategy can change a layer; None if one can."""
+    return network_finetune.hindrance(anatomy, layer) if layer.tied else layer.refusal
+
+
+def beside_layers(anatomy: Anatomy) -> list[str | None]:
+    """Return what nodes write that some strategy changes beside layers."""
+    return network_finetune.beside_layers(anatomy)
 
 
 def _worth_it(found: Outcome, before: Outcome, further: bool) -> bool:

@@ -18,6 +18,9 @@ import numpy as np
 from onnxcare import cmaes
 from onnxcare.case import Case
 from onnxcare.errors import ModelError
+from onnxcare.graph.anatomy import Anatomy
+from onnxcare.graph.layers import Layer
+from onnxcare.graph.outside import why_none
 from onnxcare.graph.parameters import Parameter
 from onnxcare.graph.sites import Site
 from onnxcare.locators import LOCATORS
@@ -50,11 +53,13 @@ def repair(case: Case, locators: Sequence[str] = LOCATORS) -> Repair:
     Raises:
         ModelError: no site's multipliers can be folded into weights.
     """
-    sites = [site for site in case.experiment.sites if site.refusal is None]
+    sites = [site for site in case.experiment.sites if hindrance_at(site) is None]
     if not sites:
-        reasons = [site.refusal for site in case.experiment.sites if site.refusal]
-        why = "; ".join(reasons[:3]) or "it has no hidden layer in front of a Gemm, MatMul or Conv"
-        raise ModelError(f"{case.experiment.model.path}: no multiplier can be folded into weights: {why}")
+        experiment = case.experiment
+        reasons = [reason for reason in map(hindrance_at, experiment.sites) if reason]
+        nothing = "it has no hidden layer in front of a Gemm, MatMul or Conv"
+        why = "; ".join(reasons[:3]) or why_none(experiment.form.view, experiment.layers, nothing)
+        raise ModelError(f"{experiment.model.path}: no multiplier can be folded into weights: {why}")
     attributions = attribute_sites(case, sites, locators=locators)
     selections = select_units(case, attributions, most=_MOST_UNITS)
     found, evaluations = [], 0
@@ -75,6 +80,20 @@ def repair(case: Case, locators: Sequence[str] = LOCATORS) -> Repair:
     }
     offered = [Found(item.candidate, partial(fold, case, item.site, item.factors)) for item in found]
     return best_of("care", case, offered, details)
+
+
+def hindrance(anatomy: Anatomy, layer: Layer) -> str | None:
+    """Say why no multiplier can be folded into a layer; None if one can."""
+    read = [site for site in anatomy.sites if any(reader.name == layer.name for reader in site.readers)]
+    if not read:
+        return layer.refusal or f"it reads no hidden units: nothing hidden stands in front of {layer.input!r}"
+    reasons = [hindrance_at(site) for site in read]
+    return None if None in reasons else reasons[0]
+
+
+def hindrance_at(site: Site) -> str | None:
+    """Say why multipliers on a site's units cannot be folded into what reads them; None if they can."""
+    return site.refusal
 
 
 def _search(case: Case, site: Site, units: Array) -> tuple[_Searched, int]:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -21,6 +22,7 @@ from onnxcare.case import Case
 from onnxcare.graph.parameters import Parameter
 from onnxcare.panel import Outcome
 from onnxcare.repair.base import Candidate, Edit, Found, Repair, Values
+from onnxcare.repair.bench import patched_outcome
 
 Array = np.ndarray
 
@@ -144,10 +146,23 @@ def _rank(difference: Array, rounding: float) -> int:
 
 
 def sized(case: Case, item: Found, earlier: Values) -> Found:
-    """Return a candidate with the size of its edit, which comes on top of values that were changed before."""
+    """Return a candidate as the file will hold it, and with the size of its edit.
+
+    Where the file rounds what a candidate changes, it is measured again with what is left of it.
+
+    Args:
+        case: the model on the table.
+        item: the candidate.
+        earlier: values that were changed before, which it comes on top of.
+    """
     if item.candidate.edit is not None:
         return item
-    together: Mapping[Parameter, Array] = {**earlier, **item.make()}
+    values = item.make()
+    if not all(parameter.storage.exact for parameter in values):
+        values = case.experiment.as_stored(values)
+        outcome = patched_outcome(case, values, case.panel("validation"))
+        item = Found(replace(item.candidate, outcome=outcome), partial(dict, values))
+    together: Mapping[Parameter, Array] = {**earlier, **values}
     return replace(item, candidate=replace(item.candidate, edit=edit_of(case, together)))
 
 

@@ -11,6 +11,9 @@ from functools import partial
 
 from onnxcare.case import Case
 from onnxcare.errors import ModelError
+from onnxcare.graph.anatomy import Anatomy
+from onnxcare.graph.layers import Layer
+from onnxcare.repair import pruning
 from onnxcare.repair.base import Candidate, Found, Proposals, Repair
 from onnxcare.repair.bench import patched_outcome
 from onnxcare.repair.choice import best_of
@@ -28,6 +31,16 @@ def repair(case: Case) -> Repair:
     """
     offered = propose(case)
     return best_of("clp", case, offered.found, offered.details)
+
+
+def hindrance(anatomy: Anatomy, layer: Layer) -> str | None:
+    """Say why no channel of a layer can be pruned; None if they can."""
+    return pruning.hindrance(anatomy, layer)
+
+
+def beside_layers(anatomy: Anatomy) -> list[str | None]:
+    """Return what nodes write that are changed beside layers."""
+    return [pruning.normalised_behind(anatomy, layer) for layer in anatomy.layers]
 
 
 def applies(case: Case) -> bool:

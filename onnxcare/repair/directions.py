@@ -58,8 +58,8 @@ class _Change:
 
 
 def applies(case: Case) -> bool:
-    """Return whether some property's bad samples could take their activations from elsewhere."""
-    return any(item.transplantable for item in case.properties)
+    """Return whether some property's bad samples could take their activations from elsewhere, in some layer."""
+    return bool(case.experiment.open_layers) and any(item.transplantable for item in case.properties)
 
 
 def propose(case: Case) -> Proposals:

@@ -18,7 +18,9 @@ import numpy as np
 
 from onnxcare.case import Case
 from onnxcare.errors import ModelError
+from onnxcare.graph.anatomy import Anatomy
 from onnxcare.graph.layers import Layer
+from onnxcare.repair import network_finetune, pruning
 from onnxcare.repair.base import Array, Candidate, Found, Proposals, Repair
 from onnxcare.repair.bench import patched_outcome
 from onnxcare.repair.choice import best_of
@@ -38,6 +40,22 @@ def repair(case: Case) -> Repair:
     """
     offered = propose(case)
     return best_of("fine-pruning", case, offered.found, offered.details)
+
+
+def hindrance(anatomy: Anatomy, layer: Layer) -> str | None:
+    """Say why a layer is neither pruned nor tuned; None if it is."""
+    last = pruning.last_prunable(anatomy)
+    if last is None:
+        return pruning.hindrance(anatomy, layer) or "no channel of the model can be pruned"
+    return None if layer.name == last.name else network_finetune.hindrance(anatomy, layer)
+
+
+def beside_layers(anatomy: Anatomy) -> list[str | None]:
+    """Return what nodes write that are changed beside layers."""
+    last = pruning.last_prunable(anatomy)
+    if last is None:
+        return []
+    return [pruning.normalised_behind(anatomy, last), *network_finetune.beside_layers(anatomy)]
 
 
 def applies(case: Case) -> bool:

@@ -96,11 +96,12 @@ class _Table:
 
 
 def applies(case: Case) -> bool:
-    """Return whether there is evidence whose loss can be followed, and no better way than to follow it.
+    """Return whether there is a layer, evidence whose loss can be followed, and no better way than to follow it.
 
     Where activations can be transplanted, closed-form directions reach more in a fraction of the time.
     """
-    return any(len(item.evidence("repair").bad) and not item.transplantable for item in case.properties)
+    followed = any(len(item.evidence("repair").bad) and not item.transplantable for item in case.properties)
+    return followed and bool(case.experiment.open_layers)
 
 
 def propose(case: Case) -> Proposals:

@@ -14,6 +14,8 @@ import numpy as np
 
 from onnxcare.case import Case
 from onnxcare.errors import ModelError
+from onnxcare.graph.anatomy import Anatomy
+from onnxcare.graph.layers import Layer
 from onnxcare.locators import DEFAULT_OF_WEIGHTS
 from onnxcare.locators.weights import WeightRanking, rank_weights
 from onnxcare.panel import Outcome
@@ -63,6 +65,11 @@ def repair(case: Case, locators: Sequence[str] = DEFAULT_OF_WEIGHTS) -> Repair:
         "tried": len(tries),
     }
     return best_of("ai-lancet-flip", case, found, details)
+
+
+def hindrance(anatomy: Anatomy, layer: Layer) -> str | None:
+    """Say why the weights of a layer cannot be flipped or muted; None if they can."""
+    return layer.refusal
 
 
 def change_of(matrix: Array, mask: Array, mode: str) -> Array:

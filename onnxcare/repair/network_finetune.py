@@ -13,20 +13,24 @@ Fine-Pruning (RAID 2018), and in BackdoorBench (`ft`; NeurIPS 2022). Evidence on
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
+import onnx
 
 from onnxcare.adam import Adam
 from onnxcare.backward import Network, tunable
 from onnxcare.case import Case
 from onnxcare.data import Inputs
 from onnxcare.errors import ModelError
+from onnxcare.graph.anatomy import Anatomy
 from onnxcare.graph.gradients import NoGradient
 from onnxcare.graph.layers import Layer
 from onnxcare.graph.parameters import Parameter
+from onnxcare.graph.paths import reads
 from onnxcare.panel import Panel
 from onnxcare.properties.base import log_softmax
 from onnxcare.repair.base import Candidate, Found, Proposals, Repair, Values
@@ -66,8 +70,10 @@ class Tuned:
 
 
 def applies(case: Case) -> bool:
-    """Return whether there is evidence whose loss can be followed, and more than one layer to change."""
-    return len(tunable(case.experiment)) > 1 and any(len(item.evidence("repair").bad) for item in case.properties)
+    """Return whether there is evidence whose loss can be followed, and more to change than one layer."""
+    groups = tunable(case.experiment)
+    more = len(groups) > 1 or (len(groups) == 1 and not case.experiment.open_layers)
+    return more and any(len(item.evidence("repair").bad) for item in case.properties)
 
 
 def propose(case: Case) -> Proposals:
@@ -235,6 +241,47 @@ def _cross_entropy_slope(labels: Array, scores: Array) -> Array:
     slope = np.exp(log_softmax(scores))
     slope[np.arange(len(labels)), labels] -= 1
     return slope / len(labels)
+
+
+def hindrance(anatomy: Anatomy, layer: Layer) -> str | None:
+    """Say why a layer is not tuned; None if it is, as far as operators tell."""
+    if layer.refusal is not None and not layer.tied:
+        return layer.refusal
+    name = layer.weight.name
+    if name in anatomy.once(__name__, lambda: _reached(anatomy)):
+        return None
+    others = [reason for reason in anatomy.obstacles.values() if reason]
+    beside = f"gradients do not reach back to it beside another branch: {others[0]}" if others else layer.refusal
+    return anatomy.obstacles[name] or beside
+
+
+def beside_layers(anatomy: Anatomy) -> list[str | None]:
+    """Return what nodes write that are tuned beside layers."""
+    reached = anatomy.once(__name__, lambda: _reached(anatomy))
+    tuned = {item.name for item in anatomy.weights if any(held.name in reached for held in item.parameters)}
+    return [node.output[0] for index, node in enumerate(anatomy.view.nodes) if anatomy.view.label(index) in tuned]
+
+
+def _reached(anatomy: Anatomy) -> frozenset[str]:
+    """Return the weights in as large a part of the network as has a derivative, see `_network`."""
+    for start in dict.fromkeys([None, *(layer.input for layer in anatomy.open_layers)]):
+        nodes = anatomy.view.nodes if start is None else _behind(anatomy, start)
+        counts = Counter(name for node in nodes for name in node.input)
+        whole = (group for group in anatomy.groups if all(counts[item.name] == len(item.users) for item in group))
+        part = {item.name for group in whole for item in group}
+        if part and not any(anatomy.obstacles[name] for name in part):
+            return frozenset(part)
+    return frozenset()
+
+
+def _behind(anatomy: Anatomy, tensor: str) -> list[onnx.NodeProto]:
+    """Return the nodes that depend on a tensor."""
+    found, behind = [], {tensor}
+    for node in anatomy.view.nodes:
+        if reads(node) & behind:
+            found.append(node)
+            behind.update(node.output)
+    return found
 
 
 # -- both -----------------------------------------------------------------------------------------

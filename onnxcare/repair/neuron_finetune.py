@@ -22,6 +22,7 @@ import numpy as np
 from onnxcare import cmaes
 from onnxcare.case import Case
 from onnxcare.errors import ModelError
+from onnxcare.graph.anatomy import Anatomy
 from onnxcare.graph.gradients import NoGradient
 from onnxcare.graph.layers import Layer
 from onnxcare.locators import DEFAULT_OF_WEIGHTS
@@ -73,9 +74,15 @@ def repair(case: Case, locators: Sequence[str] = DEFAULT_OF_WEIGHTS) -> Repair:
     return best_of("ai-lancet-finetune", case, offered.found, offered.details, notes)
 
 
+def hindrance(anatomy: Anatomy, layer: Layer) -> str | None:
+    """Say why the weights of a layer cannot be tuned; None if they can, by CMA-ES where they have no derivative."""
+    return layer.refusal
+
+
 def applies(case: Case) -> bool:
-    """Return whether some property has bad samples that could take their activations from elsewhere."""
-    return any(item.transplantable and len(item.evidence("repair").bad) for item in case.properties)
+    """Return whether some property has bad samples that could take their activations from elsewhere, in some layer."""
+    taken = any(item.transplantable and len(item.evidence("repair").bad) for item in case.properties)
+    return taken and bool(case.experiment.open_layers)
 
 
 def propose(case: Case, locators: Sequence[str] = DEFAULT_OF_WEIGHTS) -> Proposals:

@@ -25,9 +25,10 @@ import numpy as np
 
 from onnxcare.case import Case
 from onnxcare.errors import ModelError
+from onnxcare.graph.anatomy import Anatomy
 from onnxcare.graph.layers import Layer
-from onnxcare.graph.parameters import Parameter, find_parameters
-from onnxcare.graph.view import GraphView, attribute, operator
+from onnxcare.graph.parameters import Parameter
+from onnxcare.graph.view import attribute, operator
 from onnxcare.repair.bench import matrix_of
 from onnxcare.runtime import batches
 
@@ -63,21 +64,62 @@ def prunable(case: Case) -> tuple[list[Layer], dict[str, str]]:
     Raises:
         ModelError: no layer can be pruned.
     """
-    written = {name for site in case.experiment.sites for name in site.writers}
-    hidden = [layer for layer in case.experiment.layers if layer.name in written]
+    anatomy = _anatomy(case)
     found, skipped = [], {}
-    for layer in [layer for layer in hidden if layer.convolution] or hidden:
-        try:
-            if layer.refusal is not None:
-                raise ModelError(layer.refusal)
-            _check_nothing_is_left(case, layer)
+    for layer in _hidden(anatomy):
+        reason = hindrance(anatomy, layer)
+        if reason is None:
             found.append(layer)
-        except ModelError as error:
-            skipped[layer.name] = str(error)
+        else:
+            skipped[layer.name] = reason
     if not found:
         why = "; ".join(f"{name}: {reason}" for name, reason in list(skipped.items())[:3])
         raise ModelError(f"{case.experiment.model.path}: no channel can be pruned: {why or 'it has no hidden layer'}")
     return found, skipped
+
+
+def hindrance(anatomy: Anatomy, layer: Layer) -> str | None:
+    """Say why no channel of a layer can be pruned; None if they can."""
+    if layer.refusal is not None:
+        return layer.refusal
+    if all(layer.name != other.name for other in _hidden(anatomy)):
+        if layer.convolution or not any(other.convolution for other in _hidden(anatomy)):
+            return "no other layer reads its units where they could be pruned"
+        return "channels of convolutions are pruned where there are some"
+    try:
+        behind = _normalisation(anatomy, layer)
+    except ModelError as error:
+        return str(error)
+    if behind is None and layer.bias is None and layer.beta != 0 and _leaves_something(anatomy, layer):
+        return "its bias cannot be changed alone"
+    return None
+
+
+def last_prunable(anatomy: Anatomy) -> Layer | None:
+    """Return the last layer whose channels can be pruned, None where there is none."""
+    return next((layer for layer in reversed(_hidden(anatomy)) if hindrance(anatomy, layer) is None), None)
+
+
+def normalised_behind(anatomy: Anatomy, layer: Layer) -> str | None:
+    """Return what the BatchNormalization writes whose channels are pruned with those of a layer; None for none."""
+    found = _normalisation(anatomy, layer) if hindrance(anatomy, layer) is None else None
+    return None if found is None else found[0]
+
+
+def _hidden(anatomy: Anatomy) -> list[Layer]:
+    """Return the hidden convolutions, or the hidden dense layers where there are none."""
+
+    def find() -> list[Layer]:
+        written = {name for site in anatomy.sites for name in site.writers}
+        hidden = [layer for layer in anatomy.layers if layer.name in written]
+        return [layer for layer in hidden if layer.convolution] or hidden
+
+    return anatomy.once(__name__, find)
+
+
+def _anatomy(case: Case) -> Anatomy:
+    experiment = case.experiment
+    return Anatomy(experiment.form.view, experiment.form.parameters, experiment.layers, experiment.sites)
 
 
 def lipschitz(case: Case, layer: Layer) -> Array:
@@ -151,11 +193,20 @@ def normalisation(case: Case, layer: Layer) -> Normalisation | None:
     Raises:
         ModelError: its gamma, beta or variance is computed by other nodes, or its gamma or beta has other users.
     """
-    view = GraphView(case.experiment.model.proto)
+    found = _normalisation(_anatomy(case), layer)
+    if found is None:
+        return None
+    output, scale, shift, variance, epsilon = found
+    return Normalisation(output, scale, shift, np.sqrt(case.read(variance).astype(np.float64) + epsilon))
+
+
+def _normalisation(anatomy: Anatomy, layer: Layer) -> tuple[str, Parameter, Parameter, Parameter, float] | None:
+    """Return output, gamma, beta, variance and epsilon of the BatchNormalization behind a layer, see above."""
+    view, known = anatomy.view, anatomy.parameters
     index = view.sole_consumer(layer.output)
     if index is None or operator(view.nodes[index]) != "BatchNormalization":
         return None
-    node, known = view.nodes[index], find_parameters(view)
+    node = view.nodes[index]
     _, scale, shift, _, variance = node.input
     for name in (scale, shift, variance):
         if name not in known:
@@ -166,30 +217,22 @@ def normalisation(case: Case, layer: Layer) -> Normalisation | None:
             who = others[0] if others else f"{view.label(index)} again"
             raise ModelError(f"{name!r} of {view.label(index)} behind it is also used by {who}")
     epsilon = float(attribute(node, "epsilon", 1e-5))
-    deviation = np.sqrt(case.read(known[variance]).astype(np.float64) + epsilon)
-    return Normalisation(node.output[0], known[scale], known[shift], deviation)
+    return node.output[0], known[scale], known[shift], known[variance], epsilon
 
 
-def _check_nothing_is_left(case: Case, layer: Layer) -> None:
-    """Make sure that a channel without its kernel can be zero.
-
-    Raises:
-        ModelError: something constant is added to it that cannot be changed alone.
-    """
-    if normalisation(case, layer) is not None or layer.bias is not None or layer.beta == 0:
-        return
-    view = GraphView(case.experiment.model.proto)
+def _leaves_something(anatomy: Anatomy, layer: Layer) -> bool:
+    """Return whether something constant is added to a layer's product that cannot be changed alone."""
+    view = anatomy.view
     node, reader = view.nodes[layer.node], view.sole_consumer(layer.output)
     left = layer.output != node.output[0] or any(node.input[2:])
     if reader is not None and operator(view.nodes[reader]) == "Add":
         left |= not all(view.is_activation(name) for name in view.nodes[reader].input)
-    if left:
-        raise ModelError("its bias cannot be changed alone")
+    return left
 
 
 def _activations(case: Case, layer: Layer) -> tuple[str, int]:
     """Return the tensor at which the layer's channels are active, and their axis."""
-    view = GraphView(case.experiment.model.proto)
+    view = case.experiment.form.view
     for site in case.experiment.sites:
         if site.writers == (layer.name,):
             tensor = site.tensor

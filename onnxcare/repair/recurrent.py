@@ -28,7 +28,6 @@ from onnxcare.experiment import Experiment
 from onnxcare.graph import surgery
 from onnxcare.graph.parameters import Parameter
 from onnxcare.graph.recurrent import LENGTHS, START, STATES, STEPS, Recurrent, find_recurrent, with_steps
-from onnxcare.graph.view import GraphView
 from onnxcare.repair.base import Candidate, Found, Proposals, Values
 from onnxcare.repair.bench import patched_outcome
 from onnxcare.repair.closed_form import RHOS, Regression, alphas
@@ -93,7 +92,8 @@ def propose(case: Case) -> Proposals:
 
 
 def _open(case: Case) -> list[Recurrent]:
-    return [item for item in find_recurrent(GraphView(case.experiment.model.proto)) if item.refusal is None]
+    form = case.experiment.form
+    return [item for item in find_recurrent(form.view, form.parameters) if item.refusal is None]
 
 
 def _twinned(case: Case) -> list[bool]:

@@ -10,6 +10,8 @@ from typing import Any
 import numpy as np
 
 from onnxcare._version import __version__
+from onnxcare.graph.view import as_text
+from onnxcare.inspection.base import Inspection
 from onnxcare.measures import Finding, Measure, Rate
 from onnxcare.results import Check
 
@@ -17,6 +19,9 @@ from onnxcare.results import Check
 # something out of it, or changes what something means, raises the version.
 CHECK_FORMAT = "onnxcare.check"
 CHECK_VERSION = 1
+# So is what `inspect` writes, and inspect.schema.json.
+INSPECT_FORMAT = "onnxcare.inspect"
+INSPECT_VERSION = 1
 
 
 def render(result: Any) -> str:
@@ -49,6 +54,43 @@ def render_check(check: Check) -> str:
                 {"rule": item.rule, "level": item.level, "where": item.where, "message": item.message}
                 for item in check.static
             ],
+        }
+    )
+
+
+def render_inspection(inspection: Inspection) -> str:
+    """Return what a model consists of as a document of the published format."""
+    file = inspection.file
+    return dump(
+        {
+            "format": INSPECT_FORMAT,
+            "format_version": INSPECT_VERSION,
+            "tool": {"name": "onnxcare", "version": __version__},
+            "model": {
+                "path": file.path,
+                "sha256": file.sha256,
+                "bytes": file.bytes,
+                "external_data": [{"path": path, "bytes": size} for path, size in file.external.items()],
+                "ir_version": file.ir_version,
+                "opsets": file.opsets,
+                "producer": file.producer,
+                "metadata": file.metadata,
+                "functions": file.functions,
+                "quantised": file.quantised,
+                "nodes": inspection.nodes,
+                "operators": inspection.operators,
+            },
+            "inputs": inspection.inputs,
+            "outputs": inspection.outputs,
+            "numbers": {
+                "all": inspection.numbers,
+                "weights": sum(layer.weights for layer in inspection.layers),
+                "biases": sum(layer.biases for layer in inspection.layers),
+                "other": inspection.other,
+            },
+            "layers": inspection.layers,
+            "sites": inspection.sites,
+            "obstacle": inspection.obstacle,
         }
     )
 
@@ -106,7 +148,9 @@ def _plain(value: Any) -> Any:
                 found[name] = _plain(getattr(value, name))
         return found
     if isinstance(value, dict) or hasattr(value, "items"):
-        return {str(key): _plain(item) for key, item in value.items()}
+        return {str(_plain(key)): _plain(item) for key, item in value.items()}
+    if isinstance(value, bytes):
+        return as_text(value)
     if isinstance(value, np.dtype):
         return value.name
     if isinstance(value, np.ndarray | np.generic):

@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from onnxcare.inspection import Inspection
+from onnxcare.graph.patch import TensorChange
 from onnxcare.measures import Finding, Measure, Rate, Verdict
 from onnxcare.properties.backdoor import CONFUSION
 from onnxcare.repair.base import Candidate
@@ -16,7 +16,7 @@ from onnxcare.results import Check, Fix, Location, Race
 
 _SHOWN = 20
 _FRONT = 8
-_RECALL = "recall of class "
+RECALL = "recall of class "
 
 
 def show_fix(fix: Fix, console: Console) -> None:
@@ -30,7 +30,7 @@ def show_fix(fix: Fix, console: Console) -> None:
     for note in fix.run.notes:
         console.print(f"note: {escape(note)}")
     _show_before(fix.verdict, console)
-    _show_verdict(fix.verdict, console)
+    show_verdict(fix.verdict, console)
     if fix.patch:
         _show_patch(fix, console)
     if len(fix.front) > 1:
@@ -53,7 +53,7 @@ def show_check(check: Check, console: Console) -> None:
         where = f" {escape(item.where)}:" if item.where else ""
         console.print(f"[{_COLOURS[item.level]}]{item.level}[/] {item.rule}:{where} {escape(item.message)}")
     if check.verdict is not None:
-        _show_verdict(check.verdict, console, "baseline" if check.baseline else None)
+        show_verdict(check.verdict, console, "baseline" if check.baseline else None)
         _show_worse(check.verdict, console)
     told = {"pass": "[green]passed[/green]", "fail": "[red]failed[/red]"}
     ending = told.get(check.status, "[yellow]undecided[/yellow], which is no pass")
@@ -72,8 +72,11 @@ def _show_worse(verdict: Verdict, console: Console) -> None:
                 )
 
 
-def _show_verdict(verdict: Verdict, console: Console, compared: str | None = "before") -> None:
-    table = Table(title="Held-out data", title_justify="left")
+def show_verdict(
+    verdict: Verdict, console: Console, compared: str | None = "before", title: str = "Held-out data"
+) -> None:
+    """Print measures in a table, and what is undecided; `compared` is what the other model is called, None for none."""
+    table = Table(title=title, title_justify="left")
     table.add_column("measure", overflow="fold")
     if compared is not None:
         table.add_column(compared, justify="right")
@@ -105,7 +108,7 @@ def _show_verdict(verdict: Verdict, console: Console, compared: str | None = "be
 def _show_before(verdict: Verdict, console: Console) -> None:
     """Print first what the original confuses and gets wrong on clean samples: no repair is to blame for that."""
     before = {item.name: item.value_before for item in verdict.guards.measures if item.value_before is not None}
-    recalls = [(value, name.removeprefix(_RECALL)) for name, value in before.items() if name.startswith(_RECALL)]
+    recalls = [(value, name.removeprefix(RECALL)) for name, value in before.items() if name.startswith(RECALL)]
     worst = ", ".join(f"{label}: {100 * value:.1f}" for value, label in sorted(recalls)[:_SHOWN])
     console.print(
         f"original, accuracy {100 * before['accuracy']:.2f} %, recall by class in %, worst first: {escape(worst)}"
@@ -119,7 +122,7 @@ def _show_before(verdict: Verdict, console: Console) -> None:
 def _worth_showing(finding: Finding) -> list[Measure]:
     """Of the classes' recalls only the worst one, or the worst loss, is worth a line."""
     drops = [item for item in finding.measures if item.name.startswith("recall drop of class")]
-    recalls = [item for item in finding.measures if item.name.startswith(_RECALL)]
+    recalls = [item for item in finding.measures if item.name.startswith(RECALL)]
     if not recalls:
         return list(finding.measures)
     if drops:
@@ -135,17 +138,23 @@ def _worth_showing(finding: Finding) -> list[Measure]:
     return [item for item in finding.measures if id(item) not in hidden]
 
 
-def _show_patch(fix: Fix, console: Console) -> None:
-    table = Table(title="Patched tensors", title_justify="left")
+def changes_table(title: str, changes: Sequence[TensorChange], *, largest: bool = False) -> Table:
+    """Return a table of tensors and how much they change; `largest` adds the largest change of a single value."""
+    table = Table(title=title, title_justify="left")
     table.add_column("tensor", overflow="fold")
     table.add_column("shape")
-    table.add_column("values changed", justify="right")
-    table.add_column("relative norm", justify="right")
-    for change in fix.patch:
+    for column in ("values changed", "relative norm", *["largest change"] * largest):
+        table.add_column(column, justify="right")
+    for change in changes:
         shape = " x ".join(str(length) for length in change.shape)
         counts = f"{change.changed} of {change.size}"
-        table.add_row(escape(change.name), shape, counts, f"{change.relative:.3g}")
-    console.print(table)
+        more = [f"{change.largest:.3g}"] * largest
+        table.add_row(escape(change.name), shape, counts, f"{change.relative:.3g}", *more)
+    return table
+
+
+def _show_patch(fix: Fix, console: Console) -> None:
+    console.print(changes_table("Patched tensors", fix.patch))
     if fix.chosen is not None:
         edit = fix.chosen.edit
         size = "" if edit is None else f" ({edit.values} values of rank {edit.rank}, relative norm {edit.norm:.2g})"
@@ -181,7 +190,8 @@ def _conclusion(fix: Fix) -> str:
     if fix.status == "nothing to repair":
         return f"[green]nothing to repair[/green]: every property holds already; nothing was written ({seconds})"
     if fix.status == "repaired":
-        return f"[green]repaired[/green] {seconds}: {escape(str(fix.output))}"
+        patch = f", and as a patch: {escape(fix.patch_file)}" if fix.patch_file else ""
+        return f"[green]repaired[/green] {seconds}: {escape(str(fix.output))}{patch}"
     where = f"written all the same: {escape(fix.output)}" if fix.output else "nothing was written"
     if fix.status == "improved":
         return f"[red]not repaired[/red]: improved, but not within the limits, {seconds}; {where}"
@@ -244,39 +254,6 @@ def _show_layers(location: Location, console: Console) -> None:
             "gradient" if item.gradient else "interventions",
         )
     console.print(layers)
-
-
-def show_inspection(inspection: Inspection, console: Console) -> None:
-    """Print signature, layers and sites."""
-    console.print(
-        f"[bold]{escape(inspection.path)}[/bold]  IR {inspection.ir_version}, opset {inspection.opset}, "
-        f"{inspection.nodes} nodes, {inspection.parameters:,} constant values"
-        + (f", from {escape(inspection.producer)}" if inspection.producer else "")
-    )
-    for word, signatures in (("input", inspection.inputs), ("output", inspection.outputs)):
-        for item in signatures:
-            shape = ", ".join(str(length) for length in item.shape)
-            console.print(f"{word} {escape(item.name)}: {item.dtype or 'not a tensor'} \\[{escape(shape)}]")
-    layers = Table(title="Layers", title_justify="left")
-    for name in ("layer", "operator", "in", "out", "values", "repairable"):
-        layers.add_column(name, overflow="fold", justify="right" if name in ("in", "out", "values") else "left")
-    for layer in inspection.layers:
-        layers.add_row(
-            escape(layer.name),
-            layer.operator,
-            str(layer.inputs),
-            str(layer.outputs),
-            f"{layer.parameters:,}",
-            escape(layer.refusal or "yes"),
-        )
-    console.print(layers)
-    sites = Table(title="Sites", title_justify="left")
-    for name in ("site", "units", "kind", "read by", "multipliers fold"):
-        sites.add_column(name, overflow="fold", justify="right" if name == "units" else "left")
-    for site in inspection.sites:
-        readers = ", ".join(site.readers)
-        sites.add_row(escape(site.site), str(site.units), site.kind, escape(readers), escape(site.refusal or "yes"))
-    console.print(sites)
 
 
 def _value(value: Rate | float | None, unit: str = "rate") -> str:

@@ -70,6 +70,17 @@ def test_a_fault_of_an_optimisation_is_found(batch: str, tmp_path: Path) -> None
     assert finding.level == "error"
 
 
+def test_maps_of_scores_are_compared_like_scores(tmp_path: Path) -> None:
+    proto = underflow(0.5)
+    labels = {"classlabels_int64s": [0, 1]}
+    proto.graph.node.append(onnx.helper.make_node("ZipMap", ["scores"], ["maps"], domain="ai.onnx.ml", **labels))
+    proto.graph.output[0].CopyFrom(onnx.ValueInfoProto(name="maps"))
+    proto.opset_import.append(onnx.helper.make_opsetid("ai.onnx.ml", 3))
+    x = np.full((5, 1, 1, 1), 1e38, np.float32)
+    (finding,) = optimisation_findings(write(proto, tmp_path), {"x": x}, "maps", "cpu")
+    assert (finding.level, finding.where) == ("error", "maps")
+
+
 def test_sound_models_have_no_findings(tmp_path: Path, samples: Path) -> None:
     assert optimisation_findings(write(sound(), tmp_path), {"x": random(300, 4)}, "scores", "cpu") == []
     for name in ("mnist-square-pytorch", "mnist-blend-keras"):
@@ -104,7 +115,7 @@ def answers(monkeypatch: pytest.MonkeyPatch) -> dict[bool, Any]:
         outputs = (("scores", "tensor(float)", ("N", 2)), ("map", "seq(map(int64,tensor(float)))", ()))
         name = "model"
 
-        def __init__(self, path: Path, device: str, *, optimise: bool = True) -> None:
+        def __init__(self, path: Path, device: str, *, optimise: bool = True, axes: object = None) -> None:
             self.optimise = optimise
 
         def run_rows(self, inputs: dict[str, Array], outputs: list[str]) -> list[Array]:

@@ -300,6 +300,31 @@ def acas() -> Subject:
     return Subject(proto, "input", (1, 1, 5), "costs")
 
 
+def attention() -> Subject:
+    """Self-attention of 5 tokens, 2 heads of 4 features, as exporters write it; the mean token is classified."""
+    nodes = "\n".join(
+        f"p{k} = MatMul (x, W{k}) r{k} = Reshape (p{k}, split) {k} = Transpose <perm = {perm}> (r{k})"
+        for k, perm in (("q", "[0, 2, 1, 3]"), ("k", "[0, 2, 3, 1]"), ("v", "[0, 2, 1, 3]"))
+    )
+    proto = build(
+        f"""g (float[N, 5, 6] x) => (float[N, 4] y) {{
+            {nodes}
+            products = MatMul (q, k) scaled = Mul (products, scale) weights = Softmax <axis = -1> (scaled)
+            heads = MatMul (weights, v)
+            t = Transpose <perm = [0, 2, 1, 3]> (heads)
+            joined = Reshape (t, join)
+            [projection] o = MatMul (joined, Wo)
+            mean = ReduceMean <axes = [1], keepdims = 0> (o)
+            y = Gemm (mean, W) }}""",
+        {
+            **{f"W{k}": random(6, 8, seed=seed) for seed, k in enumerate("qkv")},
+            "Wo": random(8, 6), "W": random(6, 4), "scale": np.float32(0.5),
+            "split": np.int64([0, 5, 2, 4]), "join": np.int64([0, 0, 8]),
+        },
+    )  # fmt: skip
+    return Subject(proto, "x", (5, 6), "y")
+
+
 SUBJECTS: dict[str, Callable[[], Subject]] = {
     "mlp": mlp,
     "mlp-float64": lambda: mlp(np.float64),

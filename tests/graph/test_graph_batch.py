@@ -7,12 +7,13 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
-from graph.models import SUBJECTS, Array, Subject, build, random, run, save
+from graph.models import SUBJECTS, Array, Subject, build, random, run, save, with_tensor_fed
 from graph.operating import PLENTY, SIZE, W1, W2, W3, assert_close, assert_cuts, dense_subject, operate, original
 from onnx import helper
 
-from onnxcare.errors import ModelError
+from onnxcare.errors import ModelError, SpecError
 from onnxcare.experiment import Experiment
+from onnxcare.graph.batch import put_samples_first
 from onnxcare.graph.model import load_model
 from onnxcare.runtime import Session
 
@@ -130,6 +131,20 @@ def test_reshapes_with_the_batch_in_their_target(nodes: str, weights: dict[str, 
     assert_cuts(Subject(proto, "x", (6,), "y"), tmp_path)
 
 
+def test_shapes_declared_in_branches_hold_the_batch_as_well(tmp_path: Path) -> None:
+    nodes = """f = If (c) <
+        then_branch = then () => (float[1, 8] t) { t = Relu (h) },
+        else_branch = else () => (float[1, 8] e) <float[1, 8] d> {
+            e = If (c) <
+                then_branch = deep () => (float[1, 8] i) { i = Relu (h) },
+                else_branch = deeper () => (float[1, 8] j) { d = Tanh (h) j = Neg (d) }
+            >
+        }
+    >"""
+    proto = build(FIXED.format(nodes=nodes), {"W1": W1, "V": random(8, 4), "c": np.bool_(False)})
+    assert_cuts(Subject(proto, "x", (6,), "y"), tmp_path)
+
+
 @pytest.mark.parametrize(
     ("nodes", "weights"),
     [
@@ -201,13 +216,10 @@ def test_rows_that_mix_in_a_free_batch_are_refused_as_well(tmp_path: Path) -> No
 def test_a_free_batch_is_not_blamed_for_what_else_fails(tmp_path: Path) -> None:
     # onnxruntime takes an empty list, onnx-graphsurgeon cannot write one.
     subject = dense_subject(
-        "z = Gemm (x, W1) t = Concat <axis = 0> (none, wide) h = Reshape (z, t) y = Gemm (h, V)",
-        {"W1": W1, "V": random(8, 4), "wide": np.int64([-1, 8])},
+        "z = Gemm (x, W1) h = Unsqueeze (z) y = Gemm (h, V)", {"W1": W1, "V": random(8, 4)}, opset=11
     )
-    node = helper.make_node("Constant", [], ["none"])
-    node.attribute.add(name="value_ints", type=onnx.AttributeProto.INTS)
-    subject.proto.graph.node.insert(0, node)
-    with pytest.raises(ModelError, match=r"^[^:]*model\.onnx: the graph cannot be taken apart: .*value_ints"):
+    subject.proto.graph.node[1].attribute.add(name="axes", type=onnx.AttributeProto.INTS)
+    with pytest.raises(ModelError, match=r"^[^:]*model\.onnx: the graph cannot be taken apart: .*axes"):
         operate(subject, tmp_path)
 
 
@@ -219,9 +231,15 @@ def test_few_probe_rows_are_enough(rows: int, tmp_path: Path) -> None:
 
 
 def test_an_old_operator_set_is_refused(tmp_path: Path) -> None:
-    subject = dense_subject("y = MatMul (x, W3)", {"W3": W3}, opset=7)
-    with pytest.raises(ModelError, match="opset 7; experiments need opset 8"):
+    subject = dense_subject("y = MatMul (x, W3)", {"W3": W3}, opset=6)
+    with pytest.raises(ModelError, match="opset 6; experiments need opset 7"):
         operate(subject, tmp_path)
+
+
+def test_the_first_operator_set_that_broadcasts_will_do(tmp_path: Path) -> None:
+    nodes = "a = Gemm (x, W1, b) h = Relu (a) q = Gemm (h, V, d) s = Relu (x) t = Gemm (s, U, d) y = Sum (q, t)"
+    weights = {"W1": W1, "b": random(8), "V": random(8, 4), "d": random(4), "U": random(6, 4)}
+    assert_cuts(dense_subject(nodes, weights, opset=7), tmp_path)
 
 
 def test_external_data_is_taken_inside(tmp_path: Path) -> None:
@@ -235,3 +253,93 @@ def test_external_data_is_taken_inside(tmp_path: Path) -> None:
     assert_close(experiment.scores(x), expected)
     suffix = experiment.suffix("h1", "affine")
     assert_close(suffix.affine(suffix.cache(x), np.ones((2, 1, 1)), np.ones((1, 1, 1)))[1], expected)
+
+
+# -- inputs whose samples lie elsewhere ----------------------------------------------------------
+
+
+def remembering() -> onnx.ModelProto:
+    """Samples on axis 1 of `state`, none in `rate`; both are read in front of the site, behind it and in branches."""
+    branch = build(
+        "g () => (float[N, 4] a) { s = ReduceSum <keepdims = 0> (state, zero) t = MatMul (s, W2) a = Mul (t, rate) }"
+    ).graph
+    other = build("g () => (float[N, 4] b) { b = Mul (q, also) }").graph
+    proto = build(
+        """g (float[N, 6] x, float[2, N, 8] state, float rate, bool which) => (float[N, 4] y, float[2, N, 8] next)
+        <float also = {3}, int64[1] zero = {0}> {
+            f = MatMul (x, W1)
+            m = ReduceMax <axes = [0], keepdims = 0> (state)
+            e = Add (f, m)
+            h = Relu (e)
+            q = MatMul (h, V)
+            y = Identity (q)
+            next = Mul (state, rate)
+        }""",
+        {"W1": W1, "V": random(8, 4), "W2": random(8, 4, seed=5)},
+    )
+    choice = helper.make_node("If", ["which"], ["chosen"], name="choice", then_branch=branch, else_branch=other)
+    proto.graph.node[5].CopyFrom(helper.make_node("Add", ["q", "chosen"], ["y"], name="sum"))
+    proto.graph.node.insert(5, choice)
+    return proto
+
+
+AXES = {"state": 1, "rate": None, "which": None}
+
+
+def remembered(size: int = SIZE) -> dict[str, Array]:
+    """Inputs as experiments take them."""
+    rate, which = np.full(size, 1.5, np.float32), np.ones(size, bool)
+    return {"x": random(size, 6), "state": random(size, 2, 8, seed=2), "rate": rate, "which": which}
+
+
+def given(rows: dict[str, Array], which: bool = True) -> dict[str, Array]:
+    """The same as the file takes them."""
+    state = np.stack([rows["state"][:, 0], rows["state"][:, 1]])
+    return {"x": rows["x"], "state": state, "rate": np.array(rows["rate"][0]), "which": np.array(which)}
+
+
+@pytest.mark.parametrize("which", [True, False])
+def test_samples_are_put_first(which: bool) -> None:
+    proto, rows = remembering(), remembered()
+    expected = run(proto, given(rows, which))
+    put_samples_first(proto, AXES)
+    rows["which"][:] = which
+    for found, wanted in zip(run(proto, rows), expected, strict=True):
+        assert_close(found, wanted)
+    shapes = {info.name: info.type.tensor_type.shape.dim for info in proto.graph.input}
+    assert [dim.dim_value for dim in shapes["state"]] == [0, 2, 8] and len(shapes["rate"]) == 1
+
+
+def test_a_session_lays_samples_out_as_the_file_takes_them() -> None:
+    proto, rows = remembering(), remembered()
+    session = Session(proto, axes=AXES)
+    assert [shape for _, _, shape in session.inputs] == [("N", 6), ("N", 2, 8), (None,), (None,)]
+    for found in (session.run(rows)[0], session.run_rows(rows, ["y"], rows_per_run=2)[0]):
+        assert_close(found, run(proto, given(rows))[0])
+
+
+def test_interventions_on_a_model_with_a_memory(tmp_path: Path) -> None:
+    proto, rows = remembering(), remembered()
+    path = tmp_path / "model.onnx"
+    path.write_bytes(proto.SerializeToString())
+    experiment = Experiment(load_model(path, AXES), "cpu", PLENTY, rows, "y")
+    (site,) = experiment.sites
+    suffix = experiment.suffix(site.tensor, "affine")
+    keep, reference = np.ones((2, 1, 8), np.float32), np.full((1, 1, 8), 2.5, np.float32)
+    keep[0, 0, 1] = keep[1, 0, 6] = 0
+    found = suffix.affine(suffix.cache(rows), keep, reference)
+    for member, unit in enumerate((1, 6)):
+        (h,) = run(proto, given(rows), site.tensor)
+        h[:, unit] = 2.5
+        fed = with_tensor_fed(proto, site.tensor)
+        assert_close(found[member], run(fed, given(rows) | {site.tensor: h}, "y")[0])
+
+
+@pytest.mark.parametrize(
+    ("axes", "words"), [({"stat": 1}, r"sample_axes\.stat: .*did you mean 'state'"), ({"x": 2}, "axis 2")]
+)
+def test_axes_that_are_not_there(axes: dict[str, int | None], words: str, tmp_path: Path) -> None:
+    path = tmp_path / "model.onnx"
+    path.write_bytes(remembering().SerializeToString())
+    with pytest.raises(SpecError, match=words):
+        load_model(path, axes)

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
-from graph.models import Subject, build, random, residual, run, save
+from graph.models import Subject, attention, build, random, residual, run, save
 from graph.operating import PLENTY, SIZE, W1, W2, W3, assert_close, assert_cuts, dense_subject
 from onnx import helper, numpy_helper
 
@@ -74,17 +74,17 @@ def test_a_function_of_the_models_own(tmp_path: Path) -> None:
     for name, values in (("W1", W1), ("V", random(8, 4))):
         proto.graph.initializer.append(numpy_helper.from_array(values, name))
     experiment = assert_cuts(Subject(proto, "x", (6,), "y"), tmp_path)
-    assert [(site.tensor, site.writers) for site in experiment.sites] == [("h", ())]
+    assert [(site.tensor, site.writers) for site in experiment.sites] == [("h", ("Gemm#0",))]
 
 
-def test_quantised_weights_are_no_layers(tmp_path: Path) -> None:
+def test_quantised_weights_are_weights(tmp_path: Path) -> None:
     subject = dense_subject(
         "v = DequantizeLinear (W, scale) z = MatMul (x, v) h = Relu (z) y = MatMul (h, V)",
         {"W": np.int8(W1 * 20), "scale": np.float32(0.05), "V": random(8, 4)},
         opset=19,
     )
     experiment = assert_cuts(subject, tmp_path)
-    assert [layer.weight.name for layer in experiment.layers] == ["V"]
+    assert [layer.weight.name for layer in experiment.layers] == ["v", "V"]
 
 
 def test_a_mask_that_is_an_output(tmp_path: Path) -> None:
@@ -139,6 +139,13 @@ def test_shapes_in_floating_point(tmp_path: Path) -> None:
         {"W1": random(4, 5), "W2": random(4, 5, seed=1), "W3": random(4, 6), "W4": random(6, 4)},
     )
     assert_cuts(Subject(proto, "x", (3, 4), "y"), tmp_path, {"k": {"q", "v"}, "v": {"weights"}})
+
+
+def test_attention_has_a_site_of_heads_beside_that_of_features(tmp_path: Path) -> None:
+    experiment = assert_cuts(attention(), tmp_path)
+    by_reader = [(site.tensor, site.axis, site.units, site.kind) for site in experiment.sites if site.refusal is None]
+    assert ("heads", 1, 2, "head") in by_reader
+    assert ("joined", -1, 8, "neuron") in by_reader
 
 
 def test_weights_that_are_computed_do_not_cross_the_cut(tmp_path: Path) -> None:

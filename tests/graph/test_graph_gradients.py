@@ -30,6 +30,7 @@ from onnxcare.graph import surgery
 from onnxcare.graph.gradients import Gradients, NoGradient, WeightGradients
 from onnxcare.graph.model import load_model
 from onnxcare.graph.surgery import part_behind
+from onnxcare.graph.working import experiment_form
 
 Values = Callable[[Array], Array]
 
@@ -519,7 +520,7 @@ def behind(proto: onnx.ModelProto, tensor: str, output: str, x: dict[str, Array]
 @pytest.mark.parametrize(("tensor", "others"), [("r1", ["h"]), ("c2", ["h"]), ("h", []), ("r3", []), ("f", [])])
 def test_the_part_behind_a_tensor(tmp_path: Path, tensor: str, others: list[str]) -> None:
     subject = residual()
-    copy = surgery.experiment_copy(save(subject.proto, tmp_path))
+    copy = experiment_form(save(subject.proto, tmp_path)).proto
     x = subject.samples(3)
     part, crossing = part_behind(copy, tensor, "scores", "the model")
     assert crossing == others
@@ -537,7 +538,7 @@ def test_a_model_input_that_crosses_the_cut(tmp_path: Path) -> None:
         "g (float[N, 6] x) => (float[N, 2] y) { z = MatMul (x, W) h = Tanh (z) s = Mul (h, x) y = MatMul (s, V) }",
         {"W": random(6, 6), "V": random(6, 2)},
     )
-    part, crossing = part_behind(surgery.experiment_copy(save(proto, tmp_path)), "h", "y", "the model")
+    part, crossing = part_behind(experiment_form(save(proto, tmp_path)).proto, "h", "y", "the model")
     assert crossing == ["x"]
     x = {"x": random(3, 6)}
     h, expected = behind(proto, "h", "y", x)
@@ -553,7 +554,7 @@ def proto_weights(proto: onnx.ModelProto) -> dict[str, Array]:
 
 def test_parts_that_surgery_cuts_out(tmp_path: Path) -> None:
     subject = SUBJECTS["keras"]()
-    copy = surgery.experiment_copy(save(subject.proto, tmp_path))
+    copy = experiment_form(save(subject.proto, tmp_path)).proto
     x = subject.samples(3)
     front = surgery.expose(copy, ["r1", "z1"], "the model")
     found = gradients_of(front, "image", subject.shape, "z1")(x, np.ones((3, 6)))[1]["image"]
@@ -569,7 +570,7 @@ def test_parts_that_surgery_cuts_out(tmp_path: Path) -> None:
 
 
 def test_a_part_that_is_none(tmp_path: Path) -> None:
-    copy = surgery.experiment_copy(save(residual().proto, tmp_path))
+    copy = experiment_form(save(residual().proto, tmp_path)).proto
     with pytest.raises(ModelError, match="'h' does not depend on 'c1'"):
         part_behind(copy, "c1", "h", "the model")
 

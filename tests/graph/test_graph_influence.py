@@ -17,7 +17,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from onnxcare.errors import ModelError
 from onnxcare.graph.influence import Influence, certify, trace
-from onnxcare.graph.parameters import tensor_at
+from onnxcare.graph.storage import Source
 
 # -- the oracle: run the model, change the columns, run it again -------------------------------------
 
@@ -62,7 +62,7 @@ def zeroed(proto: onnx.ModelProto, found: Influence) -> onnx.ModelProto:
     copy = onnx.ModelProto()
     copy.CopyFrom(proto)
     for entry in found.entries:
-        tensor = tensor_at(copy, entry.layer.weight.path)
+        tensor = Source(copy, Path()).message(entry.layer.weight.path)
         weight = numpy_helper.to_array(tensor).copy()
         (weight.T if entry.layer.transposed else weight)[entry.columns] = 0
         tensor.CopyFrom(numpy_helper.from_array(weight, tensor.name))

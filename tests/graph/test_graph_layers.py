@@ -15,8 +15,9 @@ from hypothesis import strategies as st
 from onnx import helper
 
 from onnxcare.graph.layers import Layer
-from onnxcare.graph.parameters import Parameter, read
+from onnxcare.graph.parameters import Parameter
 from onnxcare.graph.patch import Patch
+from onnxcare.graph.storage import Source
 
 
 @dataclass(frozen=True)
@@ -153,7 +154,7 @@ def parameters_of(layer: Layer) -> list[Parameter]:
 
 
 def values_of(proto: onnx.ModelProto, layer: Layer) -> dict[str, Array]:
-    return {p.name: read(proto, p, Path()) for p in parameters_of(layer)}
+    return {p.name: p.storage.read(Source(proto, Path())) for p in parameters_of(layer)}
 
 
 def matrix_of(proto: onnx.ModelProto, layer: Layer) -> Array:

@@ -14,8 +14,9 @@ from onnx import TensorProto, helper, numpy_helper
 from onnxcare.errors import ModelError
 from onnxcare.graph import wire
 from onnxcare.graph.model import Model, load_model
-from onnxcare.graph.parameters import Parameter, find_parameters, read
+from onnxcare.graph.parameters import Parameter, find_parameters
 from onnxcare.graph.patch import Patch
+from onnxcare.graph.storage import Source
 from onnxcare.graph.view import GraphView
 
 W = random(6, 4)
@@ -115,15 +116,17 @@ def test_values_read_and_patch_wherever_they_are_stored(name: str, tmp_path: Pat
     model = save(STORED[name](), tmp_path)
     layer = layer_of(model.proto)
     assert layer.bias is not None
-    np.testing.assert_array_equal(read(model.proto, layer.weight, tmp_path), W.astype(layer.weight.dtype))
-    np.testing.assert_array_equal(read(model.proto, layer.bias, tmp_path), B.astype(layer.weight.dtype))
+    np.testing.assert_array_equal(
+        layer.weight.storage.read(Source(model.proto, tmp_path)), W.astype(layer.weight.dtype)
+    )
+    np.testing.assert_array_equal(layer.bias.storage.read(Source(model.proto, tmp_path)), B.astype(layer.weight.dtype))
     data, weight, bias = repaired(model)
     x = {"x": X["x"].astype(weight.dtype)}
     np.testing.assert_allclose(run(data, x)[0], x["x"] @ weight + bias, atol=1e-5)
     patched = onnx.ModelProto.FromString(data)
     again = layer_of(patched)
     assert again.weight.path == layer.weight.path
-    np.testing.assert_array_equal(read(patched, again.weight, tmp_path), weight)
+    np.testing.assert_array_equal(again.weight.storage.read(Source(patched, tmp_path)), weight)
     onnx.checker.check_model(patched, full_check=True)
 
 
@@ -158,6 +161,15 @@ def test_names_and_notes_of_a_patched_tensor_stay(tmp_path: Path) -> None:
     assert after.raw_data == weight.tobytes()
 
 
+def test_a_single_number_is_patched(tmp_path: Path) -> None:
+    # All values of a PReLU and the like may be one, without an axis.
+    model = save(build("g (float[N] x) => (float[N] y) { y = Mul (x, s) }", {"s": np.float32(2)}), tmp_path)
+    parameter = find_parameters(GraphView(model.proto))["s"]
+    assert parameter.shape == ()
+    data = Patch({parameter: np.array(3, np.float32)}).apply(model)
+    np.testing.assert_array_equal(run(data, {"x": B})[0], 3 * B)
+
+
 def test_initializers_listed_as_inputs_are_no_inputs(tmp_path: Path) -> None:
     for index, ir_version in enumerate((3, 8)):
         model = save(overridable(ir_version), tmp_path, f"{index}.onnx")
@@ -173,7 +185,7 @@ def test_a_patched_external_tensor_moves_into_the_model(tmp_path: Path, location
     assert model.external_files() == (tmp_path / location,)
     before = (tmp_path / location).read_bytes()
     layer = layer_of(model.proto)
-    np.testing.assert_array_equal(read(model.proto, layer.weight, tmp_path), W)
+    np.testing.assert_array_equal(layer.weight.storage.read(Source(model.proto, tmp_path)), W)
     new = random(6, 4, seed=8)
     data = Patch({layer.weight: new}).apply(model)
     inside, beside = onnx.ModelProto.FromString(data).graph.initializer
@@ -191,7 +203,7 @@ def test_reading_external_data_leaves_the_model_as_it_was_read(tmp_path: Path) -
     model = external(tmp_path)
     layer = layer_of(model.proto)
     for _ in range(2):
-        np.testing.assert_array_equal(read(model.proto, layer.weight, tmp_path), W)
+        np.testing.assert_array_equal(layer.weight.storage.read(Source(model.proto, tmp_path)), W)
     assert model.proto == onnx.ModelProto.FromString(model.data)
 
 
@@ -241,22 +253,19 @@ def test_external_data_inside_nodes_counts_as_well(make: Callable[[Path], Model]
 # -- what cannot be repaired ---------------------------------------------------------------------
 
 
-def test_float16_weights_are_refused_by_name() -> None:
-    proto = build("g (float16[N, 6] x) => (float16[N, 4] y) { [fc] y = MatMul (x, W) }", {"W": W.astype(np.float16)})
-    assert layer_of(proto).refusal == "its weight 'W' is stored as float16"
-
-
-def test_bfloat16_weights_are_refused_by_name() -> None:
-    proto = build("g (bfloat16[N, 2] x) => (bfloat16[N, 1] y) { [fc] y = MatMul (x, W) }")
-    proto.graph.initializer.append(helper.make_tensor("W", TensorProto.BFLOAT16, [2, 1], [1.0, 2.0]))
-    assert layer_of(proto).refusal == "its weight 'W' is stored as bfloat16"
+@pytest.mark.parametrize("kind", ["FLOAT8E4M3FN", "INT4"])
+def test_other_types_are_refused_by_name(kind: str) -> None:
+    proto = build("g (float[N, 2] x) => (float[N, 1] y) { w = Cast <to = 1> (W) [fc] y = MatMul (x, w) }", opset=21)
+    proto.graph.initializer.append(helper.make_tensor("W", getattr(TensorProto, kind), [2, 1], [1.0, 2.0]))
+    storage = find_parameters(GraphView(proto))["W"].storage
+    assert storage.refusal == f"is stored as {kind.lower()}"
 
 
 def test_values_in_two_fields_are_refused_by_name() -> None:
     proto = initializers()
     proto.graph.initializer[0].float_data.extend([0.0] * W.size)
     with pytest.raises(ModelError, match=r"'W' carries values in two fields \(raw_data and float_data\)"):
-        read(proto, layer_of(proto).weight, Path())
+        layer_of(proto).weight.storage.read(Source(proto, Path()))
 
 
 def test_values_inside_and_outside_are_refused_by_name(tmp_path: Path) -> None:
@@ -266,7 +275,7 @@ def test_values_inside_and_outside_are_refused_by_name(tmp_path: Path) -> None:
     externalise(tensor, tmp_path, "weights.bin")
     tensor.raw_data = values
     with pytest.raises(ModelError, match=r"'W' carries values in two fields \(raw_data and external_data\)"):
-        read(proto, layer_of(proto).weight, tmp_path)
+        layer_of(proto).weight.storage.read(Source(proto, tmp_path))
 
 
 def test_values_of_the_wrong_shape_are_a_defect() -> None:

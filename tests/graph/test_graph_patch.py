@@ -17,8 +17,9 @@ from onnxcare.errors import ModelError, UsageError
 from onnxcare.graph import wire
 from onnxcare.graph.layers import find_layers
 from onnxcare.graph.model import Model, load_model
-from onnxcare.graph.parameters import Parameter, read
+from onnxcare.graph.parameters import Parameter, find_parameters
 from onnxcare.graph.patch import Patch, publish, staged, with_metadata, write_atomically
+from onnxcare.graph.storage import Source
 from onnxcare.graph.view import GraphView
 
 SAMPLE_FILES = (
@@ -40,7 +41,7 @@ def parameters_of(model: Model) -> list[Parameter]:
 
 def moved(model: Model, parameter: Parameter) -> Array:
     """Return new values for a parameter."""
-    old = read(model.proto, parameter, model.path.parent)
+    old = parameter.storage.read(Source(model.proto, model.path.parent))
     return old + random(*old.shape, seed=5, dtype=old.dtype.type)
 
 
@@ -133,6 +134,20 @@ def test_values_that_do_not_fit_are_refused_by_name(tmp_path: Path, value: float
         pytest.raises(ModelError, match="W: the repair does not fit into float32"),
     ):
         Patch({layer_of(model.proto).weight: values}).apply(model)
+
+
+def test_infinities_that_were_there_before_may_stay(tmp_path: Path) -> None:
+    mask = np.array([0, -np.inf, np.nan, 2], np.float32)
+    model = save(build("g (float[N, 4] x) => (float[N, 4] y) { y = Add (x, m) }", {"m": mask}), tmp_path)
+    parameter = find_parameters(GraphView(model.proto))["m"]
+    new = np.array([0, -np.inf, np.nan, 5], np.float32)
+    (tensor,) = onnx.ModelProto.FromString(Patch({parameter: new}).apply(model)).graph.initializer
+    assert tensor.raw_data == new.tobytes()
+    (change,) = Patch({parameter: new}).summary(model)
+    assert (change.changed, change.norm) == (1, 3)
+    for value in (np.inf, np.nan):
+        with pytest.raises(ModelError, match="m: the repair does not fit into float32"):
+            Patch({parameter: np.array([0, value, -np.inf, 2], np.float32)}).apply(model)
 
 
 def test_the_summary_counts_and_measures_what_is_stored(tmp_path: Path) -> None:

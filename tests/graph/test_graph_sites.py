@@ -10,8 +10,8 @@ import pytest
 from graph.models import SUBJECTS, Array, build, layers_of, random, run, save, sites_of
 from onnx import helper
 
-from onnxcare.graph.parameters import read
 from onnxcare.graph.patch import Patch
+from onnxcare.graph.storage import Source
 
 # tensor, axis, units, kind, writers, readers, refusal
 Found = tuple[str, int, int, str, tuple[str, ...], tuple[str, ...], str | None]
@@ -368,7 +368,7 @@ def assert_only_its_own_units_move(proto: onnx.ModelProto) -> None:
         (writer,) = site.writers
         layer = layers[writer]
         assert layer.bias is None
-        weight = read(proto, layer.weight, Path())
+        weight = layer.weight.storage.read(Source(proto, Path()))
         before = np.moveaxis(run(proto, x, site.tensor)[0], site.axis, 0)
         assert len(before) == site.units
         for unit in (0, site.units - 1):
@@ -389,7 +389,7 @@ def test_units_of_the_samples_move_alone(samples: Path, tmp_path: Path) -> None:
     site = sites_of(model.proto)[1]
     layer = next(layer for layer in layers_of(model.proto) if layer.name in site.writers)
     assert layer.bias is not None
-    values = {p.name: read(model.proto, p, tmp_path) for p in (layer.weight, layer.bias)}
+    values = {p.name: p.storage.read(Source(model.proto, tmp_path)) for p in (layer.weight, layer.bias)}
     change = np.zeros_like(layer.matrix(values[layer.weight.name], values[layer.bias.name]))
     change[0, -1, 7] = 5
     data = Patch({layer.bias: layer.add(change, values)[layer.bias.name]}).apply(model)

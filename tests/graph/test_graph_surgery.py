@@ -14,6 +14,7 @@ from onnxcare.decision import Final
 from onnxcare.errors import ModelError
 from onnxcare.graph import surgery
 from onnxcare.graph.model import Model, Signature
+from onnxcare.graph.working import experiment_form
 from onnxcare.runtime import Session
 
 WHAT = "model.onnx"
@@ -36,19 +37,19 @@ def feeds(part: onnx.ModelProto, values: Mapping[str, Array]) -> dict[str, Array
 def test_the_copy_leaves_the_model_alone(name: str) -> None:
     model = held(SUBJECTS[name]().proto)
     before = model.proto.SerializeToString()
-    copy = surgery.experiment_copy(model)
+    copy = experiment_form(model).proto
     surgery.expose(copy, [model.proto.graph.node[1].output[0]], WHAT)
     assert model.proto.SerializeToString() == before
 
 
 def test_a_free_batch_stays_as_it_is() -> None:
-    copy = surgery.experiment_copy(held(mlp().proto))
+    copy = experiment_form(held(mlp().proto)).proto
     assert [d.dim_param for d in copy.graph.input[0].type.tensor_type.shape.dim][:1] == ["N"]
 
 
 def test_a_fixed_batch_is_free_in_the_copy_and_its_weights_are_not_touched() -> None:
     subject = acas()
-    copy = surgery.experiment_copy(held(subject.proto))
+    copy = experiment_form(held(subject.proto)).proto
     first = {info.name: info.type.tensor_type.shape.dim[0] for info in copy.graph.input}
     assert first["input"].dim_param
     assert [first[name].dim_value for name in ("W1", "b1", "mean")] == [5, 8, 1]
@@ -61,7 +62,7 @@ def test_stale_shapes_inside_do_not_survive_a_relaxed_batch() -> None:
     model = held(onnx.shape_inference.infer_shapes(subject.proto))
     stale = {info.name: info.type.tensor_type.shape.dim[0].dim_value for info in model.proto.graph.value_info}
     assert stale["h1"] == 1
-    fresh = {i.name: i.type.tensor_type.shape.dim for i in surgery.experiment_copy(model).graph.value_info}
+    fresh = {i.name: i.type.tensor_type.shape.dim for i in experiment_form(model).proto.graph.value_info}
     assert not fresh["h1"][0].HasField("dim_value")
     assert fresh["h1"][1].dim_value == 8
 
@@ -83,7 +84,7 @@ def test_targets_of_reshapes(target: list[int], relaxed: list[int] | None) -> No
     proto.graph.node.pop()
     proto.graph.output[0].name = "r"
     proto.graph.output[0].ClearField("type")
-    copy = surgery.experiment_copy(held(proto))
+    copy = experiment_form(held(proto)).proto
     name = copy.graph.node[0].input[1]
     used = next(onnx.numpy_helper.to_array(t) for t in copy.graph.initializer if t.name == name)
     assert used.tolist() == (relaxed or target)
@@ -98,7 +99,7 @@ def test_a_target_shared_by_two_reshapes_is_relaxed_where_activations_are_reshap
         }""",
         {"target": np.int64([1, 8]), "w": random(8)},
     )
-    copy = surgery.experiment_copy(held(proto))
+    copy = experiment_form(held(proto)).proto
     assert [node.input[1] == "target" for node in copy.graph.node if node.op_type == "Reshape"] == [False, True, False]
     x = random(3, 8, seed=5)
     np.testing.assert_allclose(run(copy, {"x": x})[0], x + random(8), rtol=1e-6)
@@ -109,7 +110,7 @@ def test_a_target_shared_by_two_reshapes_is_relaxed_where_activations_are_reshap
 
 def test_exposed_tensors_come_in_the_order_asked_for() -> None:
     subject = cnn()
-    copy = surgery.experiment_copy(held(subject.proto))
+    copy = experiment_form(held(subject.proto)).proto
     names = ["scores", "q1", "r2"]
     x = subject.samples(3)
     part = surgery.expose(copy, names, WHAT)
@@ -118,7 +119,7 @@ def test_exposed_tensors_come_in_the_order_asked_for() -> None:
 
 
 def test_an_exposed_part_holds_no_more_than_it_needs() -> None:
-    part = surgery.expose(surgery.experiment_copy(held(cnn().proto)), ["q1"], WHAT)
+    part = surgery.expose(experiment_form(held(cnn().proto)).proto, ["q1"], WHAT)
     assert [node.op_type for node in part.graph.node] == ["Conv", "BatchNormalization", "Relu", "MaxPool"]
     assert "W3" not in {tensor.name for tensor in part.graph.initializer}
 
@@ -137,7 +138,7 @@ def test_an_exposed_part_holds_no_more_than_it_needs() -> None:
 )
 def test_what_crosses_a_cut(make, tensor: str, boundary: tuple[str, ...]) -> None:  # type: ignore[no-untyped-def]
     subject = make()
-    copy = surgery.experiment_copy(held(subject.proto))
+    copy = experiment_form(held(subject.proto)).proto
     shape = run(subject.proto, subject.samples(1), tensor)[0].shape[1:]
     cut = surgery.cut(copy, tensor, subject.logits, shape, "affine", WHAT)
     assert (cut.tensor, cut.boundary) == (tensor, boundary)
@@ -147,7 +148,7 @@ def test_what_crosses_a_cut(make, tensor: str, boundary: tuple[str, ...]) -> Non
 
 
 def test_scores_that_do_not_depend_on_the_cut_are_an_error() -> None:
-    copy = surgery.experiment_copy(held(mlp().proto))
+    copy = experiment_form(held(mlp().proto)).proto
     with pytest.raises(ModelError, match="'h1' does not depend on 'scores'"):
         surgery.cut(copy, "scores", "h1", (4,), "affine", WHAT)
 
@@ -194,7 +195,7 @@ def test_the_logits_stand_in_front_of_a_final_operator(
 
 def test_between_computes_from_a_tensor_on() -> None:
     subject = keras()
-    copy = surgery.experiment_copy(held(subject.proto))
+    copy = experiment_form(held(subject.proto)).proto
     part = surgery.between(copy, "q1", "f", WHAT)
     sent = random(2, 3, 3, 3)
     values = subject.samples(2) | {"q1": sent}
@@ -221,7 +222,7 @@ def test_nothing_is_printed(capfd: pytest.CaptureFixture[str], tmp_path: Path) -
     )
     maps = onnx.helper.make_map_type_proto(onnx.TensorProto.INT64, onnx.helper.make_tensor_type_proto(1, []))
     proto.graph.output.append(onnx.helper.make_value_info("maps", onnx.helper.make_sequence_type_proto(maps)))
-    copy = surgery.experiment_copy(save(proto, tmp_path))
+    copy = experiment_form(save(proto, tmp_path)).proto
     surgery.expose(copy, ["y"], WHAT)
     surgery.cut(copy, "y", "y", (4,), "span", WHAT)
     assert capfd.readouterr() == ("", "")

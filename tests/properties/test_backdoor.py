@@ -417,12 +417,15 @@ def test_triggered_samples_of_the_target_alone_are_refused(tmp_path, splits):
         prepare({"triggered": path, "target": {0: 1, 1: 2}}, splits)
 
 
+ONE_INPUT = "triggers need a model with one input, not x, more; give triggered samples with their twins instead"
+
+
 @pytest.mark.parametrize(
     ("target", "names", "complaint"),
     [
         (3, ["x"], "properties.t.target: 3 is not a class; the model has 0 to 2"),
-        (1, ["x", "more"], "properties.t: triggers need a model with one input, not x, more"),
-        (None, ["x", "more"], "properties.t: triggers need a model with one input, not x, more"),
+        (1, ["x", "more"], f"properties.t: {ONE_INPUT}"),
+        (None, ["x", "more"], f"properties.t: {ONE_INPUT}"),
         ({0: 1, 3: 2}, ["x"], "properties.t.target: 3 is not a class; the model has 0 to 2"),
         ({0: 1, 1: 4}, ["x"], "properties.t.target: 4 is not a class; the model has 0 to 2"),
     ],

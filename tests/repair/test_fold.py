@@ -15,6 +15,7 @@ from onnxcare.experiment import Experiment
 from onnxcare.graph import parameters
 from onnxcare.graph.model import load_model
 from onnxcare.graph.patch import Patch
+from onnxcare.graph.storage import Source
 from onnxcare.repair import care
 
 
@@ -27,7 +28,7 @@ def case_of(text: str, weights: dict[str, np.ndarray], x: np.ndarray, path: Path
     model = load_model(path)
     return SimpleNamespace(
         experiment=Experiment(model, "cpu", 1 << 28, {"x": x}),
-        read=lambda parameter: parameters.read(model.proto, parameter, model.path.parent),
+        read=lambda parameter: parameters.parameter.storage.read(Source(model.proto, model.path.parent)),
     )
 
 

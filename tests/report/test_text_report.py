@@ -233,12 +233,6 @@ def test_measures_with_brackets_are_printed_as_they_are():
     assert "[bold]base[/nothing].onnx" in shown
 
 
-def test_inspection_names_layers_and_reasons():
-    shown = printed(text.show_inspection, onnxcare.inspect(SQUARE / "model.onnx"))
-    for expected in ("/dense1/Gemm", "/pool2/MaxPool_output_0", "opset 17", "input image: float32"):
-        assert expected in shown
-
-
 def test_location_lists_sites_and_units():
     location = onnxcare.locate(SQUARE / "model.onnx", SQUARE / "care.yaml", device="cpu", samples=30, values=3)
     shown = printed(text.show_location, location)

@@ -1,0 +1,1 @@
+"""Patches as files: what turns one model file into another, byte for byte, and back."""
