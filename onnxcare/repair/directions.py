@@ -33,8 +33,9 @@ Array = np.ndarray
 
 _SCAN_SAMPLES = 150
 _REFINED_LAYERS = 2
-# Positions are weighed by so many samples.
-_WEIGHED_SAMPLES = 64
+# Positions are weighed by so many samples. Layers are refined with weights where these bring their cost on few samples
+# below so many times the least.
+_WEIGHED_SAMPLES, _PROMISING = 64, 4.0
 _RANKS = (1, 2, 4, None)
 # Shares of a layer's rows that a small change touches.
 _ROWS = (0.02, 0.05, 0.2)
@@ -76,7 +77,8 @@ def propose(case: Case) -> Proposals:
     if not _comfortable(found):
         weights = _weights(case)
         weighed, _ = _scan(case, [layer for layer, _ in scan if layer.name in weights], weights)
-        found += _refine_best(case, [layer for layer, _ in weighed], {}, weights)
+        limit = _PROMISING * scan[0][1].cost
+        found += _refine_best(case, [layer for layer, outcome in weighed if outcome.cost <= limit], {}, weights)
     evaluations = 0
     if not _comfortable(found):
         best = min(found, key=lambda item: item.candidate.outcome.cost)

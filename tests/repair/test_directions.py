@@ -193,10 +193,12 @@ def test_a_small_change_touches_some_rows_or_as_many_as_are_allowed():
 
 def test_directions_are_for_evidence_that_can_be_transplanted():
     assert directions.applies(sample_case())
-    assert not directions.applies(SimpleNamespace(properties=[]))
-    other = SimpleNamespace(transplantable=False)
-    assert not directions.applies(SimpleNamespace(properties=[other]))
-    assert directions.applies(SimpleNamespace(properties=[other, *sample_case().properties]))
+    layers, other = SimpleNamespace(open_layers=["layer"]), SimpleNamespace(transplantable=False)
+    assert not directions.applies(SimpleNamespace(experiment=layers, properties=[]))
+    assert not directions.applies(SimpleNamespace(experiment=layers, properties=[other]))
+    assert directions.applies(SimpleNamespace(experiment=layers, properties=[other, *sample_case().properties]))
+    none = SimpleNamespace(open_layers=[])
+    assert not directions.applies(SimpleNamespace(experiment=none, properties=sample_case().properties))
 
 
 @pytest.mark.parametrize("rank", [1, 2, 4, 6])
