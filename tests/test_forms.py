@@ -1,4 +1,4 @@
-"""Backdoored networks of other forms, repaired: a transformer, recurrent networks, quantised and half-precision ones."""
+"""Backdoored networks of other forms, repaired: a transformer, recurrent networks, quantised and half-precise ones."""
 
 from __future__ import annotations
 
