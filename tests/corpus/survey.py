@@ -38,8 +38,8 @@ _REASONS = (
 )
 # What is counted, and what stands above it in the table.
 _COLUMNS = (
-    "models", "loaded", "refused", "identical", "floats", "reached", "tensors", "coded", "patched", "inspected", "layers",
-    "open", "sites", "copied", "no copy",
+    "models", "loaded", "refused", "identical", "floats", "reached", "tensors", "coded", "patched", "inspected",
+    "layers", "open", "sites", "copied", "no copy",
 )  # fmt: skip
 _LEGEND = """\
 loaded: by onnxruntime; refused: in one line that says why; identical: written back unchanged, and again with metadata
