@@ -170,7 +170,7 @@ class Bench:
         tally = Tally()
         for output in self._answers:
             reached = surgery.upstream(graph, output)
-            for site in spread([site for site in self._form.sites if site.tensor in reached]):
+            for site in spread([site for site in self._form.sites if site.tensor in reached], self.subject.sites):
                 tally.add(f"{site.tensor} -> {output}", lambda site=site, output=output: self._force(site, output))
         return tally.facts()
 
@@ -222,7 +222,7 @@ class Bench:
             return self._compared(forced, site, experiment.output, found.reshape(*found.shape[:2], *self._tail(output)))
 
         output = experiment.output
-        for site in spread(experiment.sites):
+        for site in spread(experiment.sites, self.subject.sites):
             tally.add(site.tensor, lambda site=site: force(site))
         facts = tally.facts()
         facts["open_layers"] = len(experiment.open_layers)

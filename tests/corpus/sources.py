@@ -1,7 +1,7 @@
 """The models: onnx's own backend tests, the sample models, and what else lies in a folder.
 
-Operator tests hold no weights: what their operators work with is fed. So each of them is a model once as it is, and once
-with all inputs but the first held in the file, in all the ways in which a file can hold a tensor.
+Operator tests hold no weights: what their operators work with is fed. So each of them is a model once as it is, and
+once with all inputs but the first held in the file, in all the ways in which a file can hold a tensor.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def _files(source: str, folder: Path, every: int) -> Iterator[Entry]:
 
 
 def _operator_tests(every: int) -> list[Any]:
-    """Return onnx's operator tests; importing a module of them makes them and, which takes long for some, their data."""
+    """Return onnx's operator tests; importing a module of them makes them and their data, which takes long for some."""
     from onnx.backend.test.case import node as cases
 
     modules = sorted(found.name for found in pkgutil.walk_packages(cases.__path__, f"{cases.__name__}."))

@@ -38,13 +38,14 @@ _REASONS = (
 )
 # What is counted, and what stands above it in the table.
 _COLUMNS = (
-    "models", "loaded", "refused", "identical", "floats", "reached", "tensors", "coded", "patched", "inspected", "layers", "open",
-    "sites", "copied", "no copy",
+    "models", "loaded", "refused", "identical", "floats", "reached", "tensors", "coded", "patched", "inspected",
+    "layers", "open", "sites", "copied", "no copy",
 )  # fmt: skip
 _LEGEND = """\
 loaded: by onnxruntime; refused: in one line that says why; identical: written back unchanged, and again with metadata
-floats: models that hold float values; reached: as parameters; tensors: how many parameters; coded: and how many in whole
-numbers, lists or sparse; patched: one element changed (of a tensor, one bit) and nothing else; layers, open, sites: models that have them; copied: for experiments; no copy: refused to be"""
+floats: models that hold float values; reached: as parameters; tensors: how many parameters; coded: how many of them in
+whole numbers, lists or sparse; patched: one element changed (of a tensor, one bit) and nothing else; layers, open,
+sites: models that have them; copied: for experiments; no copy: refused to be"""
 
 
 @dataclass

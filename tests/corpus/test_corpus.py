@@ -1,7 +1,7 @@
 """Every model of onnx's own tests: read or refused with a reason, never a crash, and written back as it was.
 
-A model that nothing is done to comes out byte for byte. Where one bit of a weight is changed, that bit is all that differs,
-on the wire and to protobuf.
+A model that nothing is done to comes out byte for byte. Where one bit of a weight is changed, that bit is all that
+differs, on the wire and to protobuf.
 """
 
 from __future__ import annotations

@@ -15,7 +15,25 @@ from onnxcare.graph import wire
 Draw = Callable[..., Any]
 
 # Lengths, numbers and field keys at the ends of their ranges.
-_EXTREMES = (0, 1, 2, 3, 7, 127, 128, 255, 2**15, 2**31 - 1, 2**31, 2**32 - 1, 2**40, 2**63 - 1, 2**63, 2**64 - 1, 2**70)
+_EXTREMES = (
+    0,
+    1,
+    2,
+    3,
+    7,
+    127,
+    128,
+    255,
+    2**15,
+    2**31 - 1,
+    2**31,
+    2**32 - 1,
+    2**40,
+    2**63 - 1,
+    2**63,
+    2**64 - 1,
+    2**70,
+)
 _WORDS = (
     ".nan", ".inf", "-1", "0", "1e309", "null", "true", "[]", "{}", "''", "!!python/object:os.system x", "&a [*a]", "*b",
     "\t", "'", "\x00", "- - -", "? x", "<<: {}", "999999999999999999999", "/", "../../etc/passwd", "model.onnx", "care.yaml",
@@ -145,7 +163,9 @@ def _other_key(draw: Draw, data: bytes, field: Field, known: list[Field]) -> byt
 
 def _text(draw: Draw, data: bytes, field: Field, known: list[Field]) -> bytes:
     """A name, or what else is there, replaced by text that nobody expects."""
-    new = draw(st.sampled_from([b"", b"\xff\xfe", b"a" * 2000, b"../../etc/passwd", b"\x00", "é\u2028\U0001f600".encode()]))
+    new = draw(
+        st.sampled_from([b"", b"\xff\xfe", b"a" * 2000, b"../../etc/passwd", b"\x00", "é\u2028\U0001f600".encode()])
+    )
     return wire.embed(field.number, new)
 
 

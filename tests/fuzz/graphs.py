@@ -1,4 +1,4 @@
-"""Small random models, valid by construction: how they are put together, and in what ways a file can hold the same thing.
+"""Small random models, valid by construction: how they are put together, and in what ways a file can hold one thing.
 
 What they compute is put together from the steps of `fuzz.steps`.
 """
@@ -19,8 +19,8 @@ Shape = tuple[int, ...]
 
 # Names that other tools write, or that would collide with what surgery names.
 ODD_NAMES = (
-    "model/dense_1/BiasAdd:0", "onnxcare_base__{}", "{} with blanks", "x[0].{}", "gewichte.über.{}", "'{}'", "{}__merged",
-    "onnxcare_relaxed__{}", "onnxcare_shape__{}", "\N{SNOWMAN}{}", "{}\n", "*{}*", "/", "a" * 300 + "{}",
+    "model/dense_1/BiasAdd:0", "onnxcare_base__{}", "{} with blanks", "x[0].{}", "gewichte.über.{}", "'{}'",
+    "{}__merged", "onnxcare_relaxed__{}", "onnxcare_shape__{}", "\N{SNOWMAN}{}", "{}\n", "*{}*", "/", "a" * 300 + "{}",
 )  # fmt: skip
 FUNCTIONS = "care.functions"
 
@@ -32,7 +32,7 @@ class Drawn:
     Attributes:
         proto: the model.
         outside: initializers that lie in the file `weights.bin`.
-        inputs: shape of a sample and how many different whole numbers it takes (0 for numbers with a fraction), by name.
+        inputs: shape of a sample and how many whole numbers it takes (0 for numbers with a fraction), by name.
     """
 
     proto: onnx.ModelProto
@@ -192,8 +192,9 @@ class Builder:
         if self.chance(5):
             self._held(self.name("unused"), np.zeros((2, 3), np.float32), "plain")
         ir_version = self.pick([8, 10, 9, 7, 6, 5, 4, 3])
-        # Functions came with version 8, and before version 4 every initializer was an input, which branches have none of.
-        ir_version = max(ir_version, 8 if self.functions else 4 if any(node.op_type == "If" for node in self.nodes) else 3)
+        # Functions came with version 8; before version 4 every initializer was an input, which branches have none of.
+        branching = any(node.op_type == "If" for node in self.nodes)
+        ir_version = max(ir_version, 8 if self.functions else 4 if branching else 3)
         if ir_version == 3 or self.chance(8):
             inputs += [helper.make_tensor_value_info(t.name, t.data_type, t.dims) for t in self._initializers]
         graph = helper.make_graph(
@@ -215,7 +216,7 @@ class Builder:
         """Move initializers into a sidecar file; return what it holds."""
         held = b""
         for tensor in proto.graph.initializer:
-            if tensor.data_type == TensorProto.FLOAT and len(tensor.raw_data) > 16:  # shapes and scales have to lie inside
+            if tensor.data_type == TensorProto.FLOAT and len(tensor.raw_data) > 16:  # scales have to lie inside
                 tensor.data_location = TensorProto.EXTERNAL
                 where = {"location": "weights.bin", "offset": str(len(held)), "length": str(len(tensor.raw_data))}
                 for key, value in where.items():

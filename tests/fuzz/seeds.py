@@ -96,7 +96,9 @@ def _function() -> Seed:
 
 
 def _quantised() -> Seed:
-    whole = {name: np.clip(np.rint(values * 40), -127, 127).astype(np.int8) for name, values in _HELD.items() if "W" in name}
+    whole = {
+        name: np.clip(np.rint(values * 40), -127, 127).astype(np.int8) for name, values in _HELD.items() if "W" in name
+    }
     return _dense(
         """W1 = DequantizeLinear (Q1, s, o) W2 = DequantizeLinear <axis = 1> (Q2, v, w)
         z = Gemm (x, W1, b1) h = Relu (z) y = Gemm (h, W2, b2)""",
