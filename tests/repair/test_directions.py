@@ -57,7 +57,9 @@ def test_changes_of_a_large_layer_are_solved_for_again(monkeypatch):
         np.testing.assert_allclose(one.solve(), other.solve(), atol=1e-9)
 
 
-@pytest.mark.parametrize("folder", [SQUARE, BLEND], ids=lambda path: path.name)
+@pytest.mark.parametrize(
+    "folder", [pytest.param(SQUARE, id=SQUARE.name), pytest.param(BLEND, id=BLEND.name, marks=pytest.mark.slow)]
+)
 def test_the_patched_file_does_what_was_measured(folder):
     found = best(folder)
     panel = sample_case(folder).panel("validation")
