@@ -14,12 +14,15 @@ from onnx.external_data_helper import ExternalDataInfo, uses_external_data
 
 from onnxcare.axes import Axes, samples_first
 from onnxcare.errors import ModelError, SpecError, nearest
+from onnxcare.graph.functions import inlined_size
 from onnxcare.graph.places import tensors
 from onnxcare.runtime import MAPS, Session
 
 VALUE_FIELDS = (
     "raw_data", "float_data", "int32_data", "int64_data", "double_data", "uint64_data", "string_data"
 )  # fmt: skip
+# With so many nodes in functions, onnxruntime takes minutes to load a model.
+_MOST_NODES = 100_000
 
 
 @dataclass(frozen=True)
@@ -108,6 +111,11 @@ def load_model(path: str | Path, axes: Axes | None = None) -> Model:
         raise ModelError(f"{path}: not an ONNX model: it holds no graph with nodes")
     check_external_data(path, proto)
     _check_values(path, proto)
+    if proto.functions and inlined_size(proto, _MOST_NODES) > _MOST_NODES:
+        raise ModelError(
+            f"{path}: its functions call each other so often that they stand for more than {_MOST_NODES} nodes; "
+            "no runtime loads that"
+        )
     sha256 = hashlib.sha256(data).hexdigest()
     del data
     session = Session(path, optimise=False)

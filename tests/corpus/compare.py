@@ -34,7 +34,7 @@ class Held:
 
 
 def float_tensors(proto: onnx.ModelProto) -> list[Held]:
-    """Return every such tensor of a model that has values: in attributes, branches, functions and sparse ones too."""
+    """Return every such tensor that has values: in attributes, branches, functions and sparse tensors too."""
     return [held for held in _tensors(proto, ()) if _has_fractions(held.tensor) and 0 not in held.tensor.dims]
 
 
@@ -55,7 +55,7 @@ def _has_fractions(tensor: onnx.TensorProto) -> bool:
 
 
 def fields(data: bytes) -> list[tuple[int, int, Any]]:
-    """Return (number, wire type, value) of every field in file order, as protobuf reads an unknown message."""
+    """Return (number, wire type, value) of every field in file order, read as a message of which nothing is known."""
     found = [(item.field_number, item.wire_type, item.data) for item in UnknownFieldSet(Empty.FromString(data))]
     # Written again they are the same bytes, so that two files with the same fields are the same.
     assert b"".join(_encoded(*item) for item in found) == data
@@ -98,7 +98,7 @@ def differing(before: bytes, after: bytes, folder: FilePath) -> list[int]:
 
 
 def differing_numbers(before: bytes, after: bytes) -> list[int]:
-    """Check that two serialized attributes differ in their list of numbers alone; return the positions."""
+    """Check that two serialized attributes are the same but for their numbers; return the positions that differ."""
     old, new = onnx.AttributeProto.FromString(before), onnx.AttributeProto.FromString(after)
     values = [np.array(attribute.floats, np.float32).view(np.uint32) for attribute in (old, new)]
     del old.floats[:], new.floats[:]

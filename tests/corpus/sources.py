@@ -53,7 +53,7 @@ def _files(source: str, folder: Path, every: int) -> Iterator[Entry]:
 
 
 def _operator_tests(every: int) -> list[Any]:
-    """Return onnx's operator tests; importing a module of them makes them and their data, which takes long for some."""
+    """Return onnx's operator tests; importing a module makes them and, which takes long for some, their data."""
     from onnx.backend.test.case import node as cases
 
     modules = sorted(found.name for found in pkgutil.walk_packages(cases.__path__, f"{cases.__name__}."))

@@ -43,9 +43,9 @@ _COLUMNS = (
 )  # fmt: skip
 _LEGEND = """\
 loaded: by onnxruntime; refused: in one line that says why; identical: written back unchanged, and again with metadata
-floats: models that hold float values; reached: as parameters; tensors: how many parameters; coded: how many of them in
-whole numbers, lists or sparse; patched: one element changed (of a tensor, one bit) and nothing else; layers, open,
-sites: models that have them; copied: for experiments; no copy: refused to be"""
+floats: models that hold float values; reached: as parameters; tensors: how many parameters; coded: how many more, in
+whole numbers, lists or sparse; patched: one element of them changed (of a tensor, one bit) and nothing else, left out
+where none is finite; layers, open, sites: models that have them; copied: for experiments; no copy: refused to be"""
 
 
 @dataclass

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import onnx
@@ -35,8 +36,8 @@ _EXTREMES = (
     2**70,
 )
 _WORDS = (
-    ".nan", ".inf", "-1", "0", "1e309", "null", "true", "[]", "{}", "''", "!!python/object:os.system x", "&a [*a]", "*b",
-    "\t", "'", "\x00", "- - -", "? x", "<<: {}", "999999999999999999999", "/", "../../etc/passwd", "model.onnx", "care.yaml",
+    ".nan", ".inf", "-1", "0", "1e309", "null", "true", "[]", "{}", "''", "!!python/object:os.system x", "&a [*a]",
+    "*b", "\t", "'", "\x00", "- - -", "? x", "<<: {}", "9" * 21, "/", "../../etc/passwd", "model.onnx", "care.yaml",
 )  # fmt: skip
 
 
@@ -49,6 +50,11 @@ class Field:
     content: int
     end: int
     parents: tuple[Field, ...]
+
+    @property
+    def kind(self) -> tuple[int, ...]:
+        """The field numbers that lead to it."""
+        return (*(parent.number for parent in self.parents), self.number)
 
 
 def fields(data: bytes) -> list[Field]:
@@ -76,6 +82,10 @@ def _put(data: bytes, field: Field, new: bytes, *, lengths: bool) -> bytes:
         new = wire.embed(parent.number, inner)
         start, stop = parent.begin, parent.end
     return data[:start] + new + data[stop:]
+
+
+def _seldom(draw: Draw) -> bool:
+    return draw(st.sampled_from([False] * 9 + [True]))
 
 
 # -- any bytes ---------------------------------------------------------------------------------------
@@ -124,7 +134,7 @@ def _in_field(draw: Draw, data: bytes) -> bytes:
         return _flip(draw, data)
     field = draw(st.sampled_from(known))
     way = draw(st.sampled_from(_FIELD_WAYS))
-    return _put(data, field, way(draw, data, field, known), lengths=draw(st.integers(0, 3)) != 0)
+    return _put(data, field, way(draw, data, field, known), lengths=not _seldom(draw))
 
 
 def _dropped(draw: Draw, data: bytes, field: Field, known: list[Field]) -> bytes:
@@ -142,8 +152,8 @@ def _another(draw: Draw, data: bytes, field: Field, known: list[Field]) -> bytes
 
 
 def _content_of_another(draw: Draw, data: bytes, field: Field, known: list[Field]) -> bytes:
-    """Its own number with the content of another field of the same number, such as another name."""
-    other = draw(st.sampled_from([item for item in known if item.number == field.number]))
+    """Its own number with the content of another field of its kind, such as another name."""
+    other = draw(st.sampled_from([item for item in known if item.kind == field.kind]))
     return data[field.begin : field.content] + data[other.content : other.end]
 
 
@@ -151,6 +161,8 @@ def _extreme(draw: Draw, data: bytes, field: Field, known: list[Field]) -> bytes
     """A number, or the length of what is no number, at the end of its range."""
     value = wire.write_varint(draw(st.sampled_from(_EXTREMES)))
     key, _ = wire.read_varint(data, field.begin)
+    if key & 7 == 2 and not _seldom(draw):
+        return _shuffled(draw, data, field, known)  # a wrong length makes most files no message at all
     return wire.write_varint(key) + value + (data[field.content : field.end] if key & 7 == 2 else b"")
 
 
@@ -178,7 +190,10 @@ def _shuffled(draw: Draw, data: bytes, field: Field, known: list[Field]) -> byte
     return data[field.begin : field.content] + bytes(content)
 
 
-_FIELD_WAYS = (_dropped, _doubled, _another, _content_of_another, _extreme, _other_key, _text, _shuffled)
+_FIELD_WAYS = (
+    _content_of_another, _content_of_another, _content_of_another, _dropped, _dropped, _doubled, _extreme, _extreme,
+    _shuffled, _shuffled, _another, _other_key, _text,
+)  # fmt: skip
 _BYTE_WAYS = (_flip, _truncate, _remove, _repeat, _overwrite, _exchange)
 
 
@@ -203,11 +218,12 @@ def _in_text(draw: Draw, data: bytes) -> bytes:
 
 @st.composite
 def damaged(draw: Draw, files: dict[str, bytes]) -> dict[str, bytes]:
-    """Draw the same files, one of which is damaged in one to three places: the model most of the time."""
-    others = [name for name in files if name != "model.onnx"]
-    name = draw(st.sampled_from(["model.onnx"] * 2 * len(others) + others))
+    """Draw the same files, one of which is damaged, mostly in one place: half of the time the first."""
+    first, *others = files
+    name = draw(st.sampled_from([first] * max(1, len(others)) + others))
     data = files[name]
-    own = {"model.onnx": [_in_field] * 3, "care.yaml": [_in_text]}.get(name, [])
-    for _ in range(draw(st.integers(1, 3))):
-        data = draw(st.sampled_from([*own * len(_BYTE_WAYS), *_BYTE_WAYS]))(draw, data)
+    own = {".onnx": _in_field, ".yaml": _in_text}.get(Path(name).suffix)
+    for _ in range(draw(st.sampled_from([1, 1, 1, 1, 2, 3]))):
+        way = draw(st.sampled_from(_BYTE_WAYS)) if own is None or _seldom(draw) else own
+        data = way(draw, data)
     return {**files, name: data}

@@ -1,4 +1,4 @@
-"""Small random models, valid by construction: how they are put together, and in what ways a file can hold one thing.
+"""Small random models, valid by construction: how they are put together, and how many ways there are to hold them.
 
 What they compute is put together from the steps of `fuzz.steps`.
 """
@@ -32,7 +32,7 @@ class Drawn:
     Attributes:
         proto: the model.
         outside: initializers that lie in the file `weights.bin`.
-        inputs: shape of a sample and how many whole numbers it takes (0 for numbers with a fraction), by name.
+        inputs: by name, the shape of a sample and how many whole numbers it may hold (0 for numbers with a fraction).
     """
 
     proto: onnx.ModelProto
@@ -65,7 +65,7 @@ class Builder:
     def __init__(self, draw: Callable[..., Any]) -> None:
         """Draw what holds for the whole model."""
         self._draw = draw
-        self.opset = self.pick([8, 9, 10, 11, 12, 13, 14, 15, 17, 18, 20, 21])
+        self.opset = self.pick([8, 7, 9, 10, 11, 12, 13, 14, 15, 17, 18, 20, 21])
         self.nodes: list[onnx.NodeProto] = []
         self.shapes: dict[str, Shape] = {}
         self.inputs: dict[str, tuple[Shape, int]] = {}
@@ -192,9 +192,9 @@ class Builder:
         if self.chance(5):
             self._held(self.name("unused"), np.zeros((2, 3), np.float32), "plain")
         ir_version = self.pick([8, 10, 9, 7, 6, 5, 4, 3])
-        # Functions came with version 8; before version 4 every initializer was an input, which branches have none of.
-        branching = any(node.op_type == "If" for node in self.nodes)
-        ir_version = max(ir_version, 8 if self.functions else 4 if branching else 3)
+        # Functions came with version 8; before version 4 every initializer was an input, and branches have none.
+        branches = any(node.op_type == "If" for node in self.nodes)
+        ir_version = max(ir_version, 8 if self.functions else 4 if branches else 3)
         if ir_version == 3 or self.chance(8):
             inputs += [helper.make_tensor_value_info(t.name, t.data_type, t.dims) for t in self._initializers]
         graph = helper.make_graph(
@@ -216,7 +216,9 @@ class Builder:
         """Move initializers into a sidecar file; return what it holds."""
         held = b""
         for tensor in proto.graph.initializer:
-            if tensor.data_type == TensorProto.FLOAT and len(tensor.raw_data) > 16:  # scales have to lie inside
+            if (
+                tensor.data_type == TensorProto.FLOAT and len(tensor.raw_data) > 16
+            ):  # shapes and scales have to lie inside
                 tensor.data_location = TensorProto.EXTERNAL
                 where = {"location": "weights.bin", "offset": str(len(held)), "length": str(len(tensor.raw_data))}
                 for key, value in where.items():

@@ -112,12 +112,18 @@ def _operate(model: Model, x: dict[str, Array], seen: Counter[str]) -> None:
     if not np.isfinite(scores).all() or np.abs(scores).max() > 1e6:
         return
     seen["operated"] += 1
-    assert_close(experiment.scores(x), scores, TOLERANCE)
+    _close(experiment.scores(x), scores)
     for site in experiment.sites:
         _force(experiment, site, x, by_hand, seen)
     opened = experiment.open_layers
     for layer in {layer.name: layer for layer in (*opened[:1], *opened[len(opened) // 2 :][:1], *opened[-1:])}.values():
         _change(experiment, layer, x, by_hand, seen)
+
+
+def _close(scores: Array, expected: Array) -> None:
+    """Compare scores with the tensor that holds them, which may have further axes of length one."""
+    assert scores.size == expected.size
+    assert_close(scores, expected.reshape(scores.shape), TOLERANCE)
 
 
 def _force(experiment: Experiment, site: Site, x: dict[str, Array], by_hand: ByHand, seen: Counter[str]) -> None:
@@ -135,11 +141,11 @@ def _force(experiment: Experiment, site: Site, x: dict[str, Array], by_hand: ByH
     keep, put = spread_units(one, site, rank), np.full((1, 1, *[1] * rank), value, np.float32)
     changed = h * keep[0] + value * (1 - keep[0])
     expected = by_hand.replaced(x, site.tensor, changed.astype(h.dtype), experiment.logits)
-    assert_close(suffix.affine(suffix.cache(x), keep, put)[0], expected, TOLERANCE)
+    _close(suffix.affine(suffix.cache(x), keep, put)[0], expected)
     seen["sites"] += 1
     sweep = Sweep(experiment, site)
     swept = sweep.force(sweep.hold(x), np.array([unit]), np.array([[value]]))
-    assert_close(swept[0, 0], expected, TOLERANCE)
+    _close(swept[0, 0], expected)
     if site.refusal is None:
         _fold(experiment, site, suffix, x, unit, rank, seen)
 
@@ -162,7 +168,7 @@ def _fold(
     proto = onnx.ModelProto.FromString(Patch(values).apply(model))
     (folded,) = ByHand(model.path.parent, proto).run(x, experiment.logits)
     zero = np.zeros((1, 1, *[1] * rank), np.float32)
-    assert_close(suffix.affine(suffix.cache(x), spread_units(factors[None], site, rank), zero)[0], folded, TOLERANCE)
+    _close(suffix.affine(suffix.cache(x), spread_units(factors[None], site, rank), zero)[0], folded)
     seen["folded"] += 1
 
 
@@ -193,8 +199,8 @@ def _change(experiment: Experiment, layer: Layer, x: dict[str, Array], by_hand: 
         return
     moved = suffix.span(suffix.cache(x), np.array([[0.0], [1.0]]), added[None])
     if np.isfinite(expected).all() and np.abs(expected).max() < 1e6:
-        assert_close(moved[0], before, TOLERANCE)
-        assert_close(moved[1], expected, TOLERANCE)
+        _close(moved[0], before)
+        _close(moved[1], expected)
 
 
 def _written(model: Model, data: bytes) -> bytes:

@@ -45,7 +45,6 @@ def _run(
     run = given(examples)(example)
     if seed is not None:
         run = hypothesis.seed(seed)(run)
-    unhurried = settings(
-        max_examples=count, deadline=None, database=None, suppress_health_check=list(HealthCheck), **options
-    )
-    unhurried(run)()
+    settings(max_examples=count, deadline=None, database=None, suppress_health_check=list(HealthCheck), **options)(
+        run
+    )()

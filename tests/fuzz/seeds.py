@@ -1,16 +1,24 @@
-"""A dozen models, each with a spec and data beside it, that random damage is done to."""
+"""A dozen models, each with all that commands may be given beside it, that random damage is done to."""
 
 from __future__ import annotations
 
 import functools
 import io
+import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import onnx
 from graph.models import SUBJECTS, Array, build, random, run_single
 from onnx import TensorProto, helper, numpy_helper
+
+from onnxcare.graph.model import load_model
+from onnxcare.graph.patch import Patch, with_metadata
+from onnxcare.graph.storage import Source
+from onnxcare.graph.working import working_form
+from onnxcare.patchfile.make import make_patch
 
 ROWS = 240
 SPEC = """\
@@ -22,8 +30,6 @@ properties:
     trigger: trigger.npz
     target: 1
     max_rate: 0.01
-  - name: mistakes
-    kind: errors
 keep: {accuracy_drop: 0.01, recall_drop: 0.05}
 seed: 1
 """
@@ -173,7 +179,21 @@ def files(name: str) -> Files:
     mask = np.zeros(seed.shape, seed.dtype)
     mask.flat[0] = 1
     found["trigger.npz"] = _npz(mask=mask, pattern=3 * mask)
-    return found | ({"weights.bin": seed.outside} if seed.outside else {})
+    found |= {"weights.bin": seed.outside} if seed.outside else {}
+    return found | dict(zip(("other.onnx", "change.safetensors"), _another(found), strict=True))
+
+
+def _another(held: Files) -> tuple[bytes, bytes]:
+    """Return the model with one number changed and a note of it, and the patch file that makes it of the model."""
+    with tempfile.TemporaryDirectory() as folder:
+        for name, data in held.items():
+            (Path(folder) / name).write_bytes(data)
+        model = load_model(Path(folder) / "model.onnx")
+        parameter = next(item for item in working_form(model).parameters.values() if item.storage.refusal is None)
+        values = parameter.storage.read(Source(model.proto, model.path.parent)).copy()
+        values.flat[-1] = 0
+        other = with_metadata(Patch({parameter: values}).apply(model), {"version": "1", "method": "by hand"})
+        return other, make_patch(model, other).to_bytes()
 
 
 def _npz(**arrays: Array) -> bytes:

@@ -19,10 +19,6 @@ _WIDEST = 6
 _FLAT = "Relu Sigmoid Tanh LeakyRelu Elu Softplus Softsign Abs Neg Identity Clip Selu HardSigmoid Erf Floor".split()
 
 
-def _out(b: Builder, shape: tuple[int, ...]) -> int:
-    return b.number(2, _WIDEST)
-
-
 # -- on any activation -------------------------------------------------------------------------------
 
 
@@ -201,6 +197,10 @@ def gemm(b: Builder, x: str, outputs: int | None = None) -> str:
     bias: list[str] = []
     if b.opset < 11 or b.chance(2):
         bias = [b.weight(*b.pick([(outputs,), (1, outputs), (1,), ()]), scale=0.3)]
+    if b.chance(10):
+        x = b.node("Transpose", [x], (), perm=[1, 0])
+        del b.shapes[x]
+        attributes["transA"] = 1
     return b.node("Gemm", [x, weight, *bias], (outputs,), **attributes)
 
 

@@ -54,7 +54,7 @@ class Worker:
             process.kill()
         status = process.wait()
         self._process = None
-        return Outcome(None, "", f"signal {-status}" if ready else f"still running after {_SECONDS} s")
+        return Outcome(None, "", f"ended with {status}" if ready else f"still running after {_SECONDS} s")
 
     def close(self) -> None:
         """End the process."""
