@@ -13,9 +13,10 @@ from onnxcare.experiment import Experiment
 from onnxcare.graph import surgery
 from onnxcare.graph.anatomy import Anatomy
 from onnxcare.graph.gradients import Gradients, NoGradient, WeightGradients
+from onnxcare.graph.layers import Layer
 from onnxcare.graph.parameters import Parameter
 from onnxcare.graph.sites import Site
-from onnxcare.runtime import Session
+from onnxcare.runtime import Session, batches
 from onnxcare.suffix import Activations
 
 Array = np.ndarray
@@ -183,6 +184,51 @@ def input_gradients(experiment: Experiment) -> Gradients:
 
 def _derivative_rows(allowed: int) -> int:
     return min(allowed, max(_FEWEST, min(_MOST, allowed // _PART)))
+
+
+def position_weights(
+    experiment: Experiment, outputs: Mapping[str, Layer], inputs: Inputs, seed: int
+) -> dict[str, Array]:
+    """Return how much the scores depend on every position of layers' outputs.
+
+    That is the mean square of the derivative of the scores, in a direction drawn anew for every sample.
+
+    Args:
+        experiment: the model.
+        outputs: tensors in the shape of a layer's output, with that layer.
+        inputs: samples.
+        seed: of the directions.
+
+    Returns:
+        By tensor, [positions] with a mean of one.
+
+    Raises:
+        NoGradient: an operator behind a tensor has no derivative.
+    """
+    what = str(experiment.model.path)
+    try:
+        part = surgery.pushed(experiment.copy, list(outputs), experiment.logits, what)
+    except ModelError as error:
+        raise NoGradient(str(error)) from error
+    values = dict(zip(outputs, experiment.tensors(list(outputs), experiment.probe), strict=True))
+    shapes = {name: value.shape[1:] for name, value in experiment.probe.items()}
+    shapes |= {surgery.push_input(name): value.shape[1:] for name, value in values.items()}
+    rows = _derivative_rows(experiment.rows_of(part))
+    wanted = [surgery.push_input(name) for name in outputs]
+    experiment.make_room()
+    gradients = Gradients(part, wanted, experiment.logits, shapes, experiment.device, rows, what)
+    scores = experiment.scores(inputs)
+    directions = experiment.decision.pull_back(np.random.default_rng(seed).normal(size=scores.shape))
+    totals: dict[str, Array] = {}
+    for batch in batches(len(scores), rows):
+        feeds = {name: array[batch] for name, array in inputs.items()}
+        count = len(scores[batch])
+        feeds |= {surgery.push_input(n): np.zeros((count, *v.shape[1:]), v.dtype) for n, v in values.items()}
+        found = gradients(feeds, directions[batch])[1]
+        for name, layer in outputs.items():
+            slopes = layer.output_rows(found[surgery.push_input(name)]).astype(np.float64)
+            totals[name] = totals.get(name, 0) + (slopes**2).sum(axis=(0, 1, 3))
+    return {name: total / np.mean(total) for name, total in totals.items() if np.any(total)}
 
 
 class UnitSlopes:

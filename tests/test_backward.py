@@ -13,7 +13,7 @@ from cases import BLEND, SQUARE
 from graph.models import SUBJECTS, build, random, residual, save
 from kinds import CENSUS, model, opened, people, thinned
 
-from onnxcare.backward import Backward, Network, input_gradients
+from onnxcare.backward import Backward, Network, input_gradients, position_weights
 from onnxcare.case import Case
 from onnxcare.decision import Decision
 from onnxcare.errors import ModelError
@@ -360,3 +360,51 @@ def test_a_tensor_that_does_not_matter_is_refused(tmp_path):
     experiment = Experiment(save(proto, tmp_path), "cpu", 1 << 28, {"x": random(4, 2)})
     with pytest.raises((ModelError, NoGradient), match="other"):
         Backward(experiment, "other")
+
+
+# -- positions -----------------------------------------------------------------------------------
+
+
+def tokens() -> Experiment:
+    """Return a network of five tokens, mixed between two layers, and read in the end with weights 3, 1, 0, 0, 0."""
+    proto = build(
+        """g (float[N, 5, 4] x) => (float[N, 3] y) {
+            [first] a = MatMul (x, W1)
+            [tanh] b = Tanh (a)
+            [turn] c = Transpose <perm = [0, 2, 1]> (b)
+            [mix] d = MatMul (c, M)
+            [back] e = Transpose <perm = [0, 2, 1]> (d)
+            [second] f = MatMul (e, W2)
+            [read] g = Mul (f, r)
+            [sum] h = ReduceSum <keepdims = 0> (g, axes)
+            [third] y = Gemm (h, W3)
+        }""",
+        {"W1": random(4, 6), "M": random(5, 5), "W2": random(6, 5), "W3": random(5, 3)}
+        | {"r": np.array([[[3.0], [1.0], [0.0], [0.0], [0.0]]], np.float32), "axes": np.array([1])},
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        return Experiment(save(proto, Path(folder)), "cpu", 1 << 28, {"x": random(9, 5, 4)})
+
+
+def test_positions_count_by_how_much_the_scores_depend_on_them():
+    """Against derivatives at one tensor at a time, along the same directions."""
+    experiment = tokens()
+    layers = {layer.name: layer for layer in experiment.layers}
+    outputs = {layers[name].output: layers[name] for name in ("first", "second")}
+    inputs = {"x": random(40, 5, 4, seed=2)}
+    found = position_weights(experiment, outputs, inputs, seed=6)
+    directions = np.random.default_rng(6).normal(size=(40, 3))
+    assert set(found) == set(outputs)
+    for tensor in outputs:
+        backward = Backward(experiment, tensor)
+        slope = backward.slope(backward.cache(inputs), lambda scores: directions)[1].astype(np.float64)
+        expected = (slope**2).sum(axis=(0, 2))
+        np.testing.assert_allclose(found[tensor], expected / expected.mean(), rtol=1e-4)
+    # Nothing is between the second layer and the answer but the weights with which its tokens are read.
+    np.testing.assert_allclose(found[layers["second"].output], [4.5, 0.5, 0, 0, 0], rtol=1e-4)
+
+
+def test_positions_without_a_derivative():
+    experiment = signed()
+    with pytest.raises(NoGradient, match="Sign 'sign' has no derivative"):
+        position_weights(experiment, {experiment.layers[0].output: experiment.layers[0]}, {"x": random(9, 4)}, 1)

@@ -306,10 +306,10 @@ def test_answers_on_data_without_labels(pair: tuple[Path, Path], tmp_path: Path)
 def test_outputs_that_are_no_scores(tmp_path: Path) -> None:
     def model(shift: float) -> onnx.ModelProto:
         text = (
-            "g (float[N, 3] x) => (float[N, 3, 1] y, int64[N, 1] z) { a = Add (x, W)  y = Unsqueeze (a, axis)"
+            "g (float[N, 3] x) => (float[N, 1, 3] y, int64[N, 1] z) { a = Add (x, W)  y = Unsqueeze (a, axis)"
             "  z = ArgMax <axis = 1> (a) }"
         )
-        return build(text, {"W": np.float32([shift, 0, 0]), "axis": np.int64([2])})
+        return build(text, {"W": np.float32([shift, 0, 0]), "axis": np.int64([1])})
 
     a, b = written(tmp_path, "a.onnx", model(0)), written(tmp_path, "b.onnx", model(1.5))
     np.savez(tmp_path / "data.npz", x=np.float32([[0, 1, 3], [1, 2, 0]]), y=np.float32([0.5, 0.5]))

@@ -188,6 +188,7 @@ def test_an_under_trained_class_is_learned(tmp_path, seed):
     assert_only_the_named_tensors_changed(original, fix, seed)
 
 
+@pytest.mark.slow
 def test_errors_without_a_common_cause_are_not_repaired_and_nobody_claims_so(tmp_path):
     out = tmp_path / "out.onnx"
     fix = onnxcare.fix(FOUR / "model-regular.onnx", FOUR / "care-scattered.yaml", out, device="cpu")

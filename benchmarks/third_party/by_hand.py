@@ -98,7 +98,10 @@ class ByHand:
         rows = range(self._samples(known))
         parts = [session.run(None, {**self._rows(known, [row]), **further}) for row in rows]
         # A sample's axis has length one then, as a rule the first.
-        return [np.concatenate(part, axis=part[0].shape.index(1)) for part in zip(*parts, strict=True)]
+        return [
+            np.concatenate(part, axis=next((axis for axis, length in enumerate(part[0].shape) if length == 1), 0))
+            for part in zip(*parts, strict=True)
+        ]
 
     def _samples(self, feeds: Feeds) -> int:
         return len(next(values for name, values in feeds.items() if self._axes.get(name, 0) == 0))

@@ -16,13 +16,11 @@ Array = np.ndarray
 TOLERANCE = 1e-5
 # So many units of a site are forced, one at a time, to so many standard deviations above their mean.
 _UNITS, _FAR = 2, 3.0
-# At most so many sites are compared for each output.
-_SITES = 8
 
 
-def spread(sites: Sequence[Site]) -> list[Site]:
-    """Return so many of the sites as are compared, evenly spaced."""
-    return [sites[index] for index in sorted(set(np.linspace(0, len(sites) - 1, _SITES).astype(int)))] if sites else []
+def spread(sites: Sequence[Site], most: int) -> list[Site]:
+    """Return at most so many of the sites, evenly spaced."""
+    return [sites[index] for index in sorted(set(np.linspace(0, len(sites) - 1, most).astype(int)))] if sites else []
 
 
 class Forcing:

@@ -57,7 +57,8 @@ def tried(path: Path) -> list[Step]:
     except ValueError as error:
         return [Step("load", "left out", str(error), 0.0, 0)]
     rows = next((len(values) for values in inputs.values() if values.ndim), 1)
-    subject = Subject(_name(path), PACKAGE, str(path), lambda rng, size: inputs, rows=rows)
+    axes = {name: None for name, values in inputs.items() if not values.ndim}
+    subject = Subject(_name(path), PACKAGE, str(path), lambda rng, size: inputs, axes, rows=rows)
     bench = Bench(path, subject)
     found = []
     for name, function in (("load", bench.load), ("copy", bench.copy), ("intervene", bench.intervene)):

@@ -150,7 +150,12 @@ class Bench:
         self._copy = self._form.proto
         names = list(self._answers)
         copied = self._exposed(names)
-        differences = {name: difference(copied[name], self._answers[name]) for name in names}
+        differences = {}
+        for name, answer in self._answers.items():
+            found = copied[name]
+            # Half precision is looked at in single precision.
+            half = answer.dtype == np.float16 and found.dtype == np.float32
+            differences[name] = difference(found.astype(answer.dtype) if half else found, answer)
         return {"rows": self.subject.rows, "difference": max(differences.values()), "differences": differences}
 
     def _exposed(self, names: list[str]) -> dict[str, Array]:
@@ -164,13 +169,13 @@ class Bench:
 
     def intervene(self) -> Facts:
         """Force units of every site behind a cut, for every output that depends on it."""
-        if not self._hand.independent(self._feeds, list(self._answers.values())):
+        if self._form.sites and not self._hand.independent(self._feeds, list(self._answers.values())):
             raise ModelError(f"{self.path}: the samples of a run depend on each other")
         graph = surgery.import_graph(self._copy, str(self.path))
         tally = Tally()
         for output in self._answers:
             reached = surgery.upstream(graph, output)
-            for site in spread([site for site in self._form.sites if site.tensor in reached]):
+            for site in spread([site for site in self._form.sites if site.tensor in reached], self.subject.sites):
                 tally.add(f"{site.tensor} -> {output}", lambda site=site, output=output: self._force(site, output))
         return tally.facts()
 
@@ -222,7 +227,7 @@ class Bench:
             return self._compared(forced, site, experiment.output, found.reshape(*found.shape[:2], *self._tail(output)))
 
         output = experiment.output
-        for site in spread(experiment.sites):
+        for site in spread(experiment.sites, self.subject.sites):
             tally.add(site.tensor, lambda site=site: force(site))
         facts = tally.facts()
         facts["open_layers"] = len(experiment.open_layers)

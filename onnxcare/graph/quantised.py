@@ -16,6 +16,7 @@ from onnx import helper
 
 from onnxcare.graph.view import GraphView, operator, subgraph_inputs
 
+_PER_AXIS = 13  # the operator set from which on DequantizeLinear has an axis
 _ARITHMETIC = frozenset("QuantizeLinear DynamicQuantizeLinear DequantizeLinear Mul Sub Cast".split())
 # Whatever these return, it was among what they were given.
 _MOVING = frozenset("Flatten Reshape Transpose Squeeze Unsqueeze Identity Dropout MaxPool".split())
@@ -44,6 +45,15 @@ def to_floating_point(proto: onnx.ModelProto) -> bool:
         del proto.graph.node[:]
         proto.graph.node.extend(nodes)
     return dynamic
+
+
+def drop_unknown_axes(proto: onnx.ModelProto) -> None:
+    """Take the axis off what is dequantised with one scale, where the operator set does not know it yet."""
+    opset = next((item.version for item in proto.opset_import if item.domain in ("", "ai.onnx")), _PER_AXIS)
+    single = {tensor.name for tensor in proto.graph.initializer if np.prod(tensor.dims, dtype=np.int64) == 1}
+    for node in proto.graph.node if opset < _PER_AXIS else ():
+        if operator(node) == "DequantizeLinear" and node.input[1] in single:
+            del node.attribute[:]
 
 
 def drop_unread(proto: onnx.ModelProto) -> None:

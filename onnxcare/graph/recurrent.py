@@ -187,13 +187,10 @@ def with_steps(copy: onnx.ModelProto, item: Recurrent) -> tuple[onnx.ModelProto,
     node = next(n for n in shown.graph.node if operator(n) == item.operator and tuple(n.output) == item.outputs)
     if not node.output[0]:
         node.output[0] = f"{STATES}__{item.outputs[-1]}"
-    first = bool(attribute(node, "layout", 0))
-    added = [
-        _turned(node.input[0], STEPS, (0, 1, 2) if first else (1, 0, 2)),
-        _turned(node.output[0], STATES, (0, 1, 2, 3) if first else (2, 0, 1, 3)),
-    ]
+    # Samples lie behind the steps and directions; the other layout onnxruntime does not load.
+    added = [_turned(node.input[0], STEPS, (1, 0, 2)), _turned(node.output[0], STATES, (2, 0, 1, 3))]
     if len(node.input) > 5 and node.input[5]:
-        added.append(_turned(node.input[5], START, (0, 1, 2) if first else (1, 0, 2)))
+        added.append(_turned(node.input[5], START, (1, 0, 2)))
     if len(node.input) > 4 and node.input[4]:
         added.append(helper.make_node("Identity", [node.input[4]], [LENGTHS]))
     shown.graph.node.extend(added)

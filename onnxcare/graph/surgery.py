@@ -263,13 +263,33 @@ def probed(copy: onnx.ModelProto, sites: Sequence[Site], scores: str, what: str)
     return _export(graph, what)
 
 
+def pushed(copy: onnx.ModelProto, tensors: Sequence[str], scores: str, what: str) -> onnx.ModelProto:
+    """Return the part that computes the scores, with something added to every given tensor: inputs in their shapes."""
+    graph = import_graph(copy, what)
+    known = graph.tensors()
+    inner = _readers_inside(graph)
+    for name in tensors:
+        h = known[name]
+        if name in inner:
+            raise ModelError(f"{what}: {name!r} is read inside a subgraph")
+        dtype = np.dtype(h.dtype) if h.dtype is not None else np.dtype(np.float32)
+        readers = list(h.outputs)
+        push, summed = gs.Variable(push_input(name), dtype), gs.Variable(f"{push_input(name)}__applied", dtype)
+        for node in readers:
+            node.inputs = [summed if item is h else item for item in node.inputs]
+        graph.nodes.append(gs.Node("Add", summed.name, inputs=[h, push], outputs=[summed]))
+        graph.inputs.append(push)
+    graph.outputs = [_untyped(known[scores])]
+    return _export(graph, what)
+
+
 def stretch_input(tensor: str) -> str:
     """Return the name of the input that stretches the units of a probed site."""
     return f"onnxcare_stretch__{tensor}"
 
 
 def push_input(tensor: str) -> str:
-    """Return the name of the input that is added to the units of a probed site."""
+    """Return the name of the input that is added to a tensor, or to the units of a probed site."""
     return f"onnxcare_push__{tensor}"
 
 

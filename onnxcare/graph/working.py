@@ -134,6 +134,7 @@ def working_form(model: Model, *, values: bool = True) -> WorkingForm:
     _fold(proto, stored, source, values)
     quantised.drop_repeated_rounding(proto)
     quantised.drop_unread(proto)
+    quantised.drop_unknown_axes(proto)
     half = halves.to_single_precision(proto)
     tolerance = _DYNAMIC if dynamic else _HALF if half else EXACT
     held = sum(len(tensor.raw_data) for tensor in proto.graph.initializer)

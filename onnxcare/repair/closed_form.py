@@ -151,6 +151,12 @@ def memory_needed(layer: Layer) -> int:
     return matrices * d * d * np.dtype(np.float64).itemsize
 
 
+def aimed_at(original: Experiment, layer: Layer) -> tuple[str, Array | None]:
+    """Return the tensor at which a layer's output is aimed, and the factor of the output there; None for one."""
+    behind = original.sum_behind(layer)
+    return (layer.output, None) if behind is None else behind
+
+
 class Aim:
     """What a layer's output should be: what the original computes there, on clean samples and on twins.
 
@@ -166,8 +172,7 @@ class Aim:
             layer: the layer to change.
             clean: clean samples.
         """
-        behind = original.sum_behind(layer)
-        self.tensor, self._factor = (layer.output, None) if behind is None else behind
+        self.tensor, self._factor = aimed_at(original, layer)
         self._original, self._clean = original, clean
         self._known: list[tuple[Dataset, Array]] = []
 
@@ -193,7 +198,12 @@ class Aim:
 
 
 def accumulate(
-    experiment: Experiment, layer: Layer, clean: Dataset, panel: Panel, aim: Aim | None = None
+    experiment: Experiment,
+    layer: Layer,
+    clean: Dataset,
+    panel: Panel,
+    aim: Aim | None = None,
+    weights: Array | None = None,
 ) -> Regression:
     """Run the layer's inputs and targets through the sums, piece by piece.
 
@@ -204,20 +214,21 @@ def accumulate(
         panel: gives the bad samples of every property that can be transplanted to, and their twins.
         aim: what the layer's output should be, where layers in front of it have been changed, so that clean samples
             have drifted too; None for what the model itself computes.
+        weights: of the positions, [positions] with a mean of one; None where all count alike.
     """
     clean_sum = right_sum = bad_sum = drift = None
     if aim is None:
         aim = Aim(experiment, layer, clean)
         for x in _pieces(experiment, layer, experiment.tensors([layer.input], clean.inputs)[0]):
-            clean_sum = _plus(clean_sum, _gram(layer.rows(x)), len(clean))
+            clean_sum = _plus(clean_sum, _gram(_weighed(layer.rows(x), weights)), len(clean))
     else:
-        for rows, wanted in _aimed(experiment, layer, aim, clean, clean):
+        for rows, wanted in _aimed(experiment, layer, aim, clean, clean, weights):
             clean_sum = _plus(clean_sum, _gram(rows), len(clean))
             drift = _plus(drift, _across(rows, wanted), len(clean))
     for item, found in zip(panel.properties, panel.evidence, strict=True):
         if not item.transplantable:
             continue
-        for rows, wanted in _aimed(experiment, layer, aim, found.bad, found.twins):
+        for rows, wanted in _aimed(experiment, layer, aim, found.bad, found.twins, weights):
             bad_sum = _plus(bad_sum, _gram(rows), len(found.bad))
             right_sum = _plus(right_sum, _across(rows, wanted), len(found.bad))
     assert clean_sum is not None and bad_sum is not None and right_sum is not None
@@ -257,16 +268,26 @@ def _mean_shift(is_now: Array, bad: Dataset, ought: Array, clean: Dataset) -> Ar
 
 
 def _aimed(
-    experiment: Experiment, layer: Layer, aim: Aim, samples: Dataset, twins: Dataset | None
+    experiment: Experiment,
+    layer: Layer,
+    aim: Aim,
+    samples: Dataset,
+    twins: Dataset | None,
+    weights: Array | None,
 ) -> Iterator[tuple[Array, Array]]:
-    """Yield the layer's input rows in pieces, with the rows of what is to be added to its output."""
+    """Yield the layer's input rows in pieces, with the rows of what is to be added to its output, both weighed."""
     inputs, is_now = experiment.tensors([layer.input, aim.tensor], samples.inputs)
     target = aim.shift(is_now, samples, twins)
     start = 0
     for x in _pieces(experiment, layer, inputs):
         here = slice(start, start + len(x))
         start += len(x)
-        yield layer.rows(x), layer.output_rows(target[here])
+        yield _weighed(layer.rows(x), weights), _weighed(layer.output_rows(target[here]), weights)
+
+
+def _weighed(rows: Array, weights: Array | None) -> Array:
+    """Return rows [groups, samples, positions, ...] times the roots of the positions' weights."""
+    return rows if weights is None else rows * np.sqrt(weights)[:, None].astype(rows.dtype)
 
 
 def _pieces(experiment: Experiment, layer: Layer, inputs: Array) -> Iterator[Array]:

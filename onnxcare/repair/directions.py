@@ -3,13 +3,15 @@
 1. Scan: twin regression with one moderate setting at every layer, on a few samples; layers are ranked by the cost
    of the repaired model on samples the regression did not see.
 2. Refine: the best layers again on all repair samples, over settings alpha x rho x rank.
-3. Search, where no closed form keeps every limit with ease: CMA-ES over the coefficients of the best layer's
+3. Weigh, where none of them keeps every limit with ease: both again, with positions weighed by how much the answers
+   depend on them. In a transformer a token may matter ten times as much as another one.
+4. Search, where no closed form keeps every limit with ease: CMA-ES over the coefficients of the best layer's
    directions, from the closed-form point and from zero, on the search part, where the directions were not fitted.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import product
@@ -17,8 +19,10 @@ from itertools import product
 import numpy as np
 
 from onnxcare import cmaes
+from onnxcare.backward import position_weights
 from onnxcare.case import Case
 from onnxcare.errors import ModelError
+from onnxcare.graph.gradients import NoGradient
 from onnxcare.graph.layers import Layer
 from onnxcare.panel import Outcome, Panel
 from onnxcare.repair import closed_form
@@ -29,6 +33,9 @@ Array = np.ndarray
 
 _SCAN_SAMPLES = 150
 _REFINED_LAYERS = 2
+# Positions are weighed by so many samples. Layers are refined with weights where these bring their cost on few samples
+# below so many times the least.
+_WEIGHED_SAMPLES, _PROMISING = 64, 4.0
 _RANKS = (1, 2, 4, None)
 # Shares of a layer's rows that a small change touches.
 _ROWS = (0.02, 0.05, 0.2)
@@ -62,24 +69,61 @@ def propose(case: Case) -> Proposals:
     Raises:
         ModelError: no layer could be cut open.
     """
-    layers = case.experiment.open_layers
-    scan, skipped = _scan(case, layers)
-    found = _refine_best(case, [layer for layer, _ in scan], skipped)
+    scan, skipped = _scan(case, case.experiment.open_layers, {})
+    found = _refine_best(case, [layer for layer, _ in scan], skipped, {})
+    if not found:
+        raise _nothing_left(case, skipped)
+    weighed: list[tuple[Layer, Outcome]] = []
+    if not _comfortable(found):
+        weights = _weights(case)
+        weighed, _ = _scan(case, [layer for layer, _ in scan if layer.name in weights], weights)
+        limit = _PROMISING * scan[0][1].cost
+        found += _refine_best(case, [layer for layer, outcome in weighed if outcome.cost <= limit], {}, weights)
     evaluations = 0
-    if not any(item.candidate.outcome.comfortable for item in found):
+    if not _comfortable(found):
         best = min(found, key=lambda item: item.candidate.outcome.cost)
         case.progress(f"searching the directions of {best.layer.name} with CMA-ES")
         searched, evaluations = _search(case, best, [f for f in found if f.layer is best.layer])
         found += searched
     details = {
         "scan": [{"layer": layer.name, "cost": outcome.cost} for layer, outcome in scan],
+        "weighed scan": [{"layer": layer.name, "cost": outcome.cost} for layer, outcome in weighed],
         "skipped": skipped,
         "cmaes_evaluations": evaluations,
     }
     return Proposals([Found(item.candidate, partial(_values, case, item)) for item in found], details)
 
 
-def _scan(case: Case, layers: list[Layer]) -> tuple[list[tuple[Layer, Outcome]], dict[str, str]]:
+def _comfortable(found: Sequence[_Change]) -> bool:
+    return any(item.candidate.outcome.comfortable for item in found)
+
+
+def _weights(case: Case) -> dict[str, Array]:
+    """Return, by layer, how much the answers depend on the positions of its output; nothing where that is not known."""
+    experiment = case.experiment
+    layers = experiment.open_layers
+    outputs = {closed_form.aimed_at(experiment, layer)[0]: layer for layer in layers}
+    probes = experiment.tensors(list(outputs), experiment.probe)
+    several = {
+        tensor: layer
+        for (tensor, layer), probe in zip(outputs.items(), probes, strict=True)
+        if tensor != experiment.logits and layer.output_rows(probe).shape[2] > 1
+    }
+    if not several:
+        return {}
+    case.progress("asking which positions the answers depend on")
+    few = case.panel("repair", _WEIGHED_SAMPLES)
+    try:
+        weights = position_weights(experiment, several, few.inputs, case.seed)
+    except (NoGradient, ModelError):
+        return {}  # all positions count alike then, as they have before
+    tensors = {layer.name: closed_form.aimed_at(experiment, layer)[0] for layer in layers}
+    return {name: weights[tensor] for name, tensor in tensors.items() if tensor in weights}
+
+
+def _scan(
+    case: Case, layers: Sequence[Layer], weights: Mapping[str, Array]
+) -> tuple[list[tuple[Layer, Outcome]], dict[str, str]]:
     """Rank the layers by what a regression on a few samples does to unseen ones; say why some were skipped."""
     fit, unseen = case.panel("repair", _SCAN_SAMPLES), case.panel("search", _SCAN_SAMPLES)
     ranked, skipped = [], {}
@@ -89,19 +133,17 @@ def _scan(case: Case, layers: list[Layer]) -> tuple[list[tuple[Layer, Outcome]],
             skipped[layer.name] = "its regression does not fit into the memory allowed; see --memory"
             continue
         try:
-            outcome = _tried(case, layer, fit, unseen)
+            outcome = _tried(case, layer, fit, unseen, weights.get(layer.name))
         except (ModelError, np.linalg.LinAlgError) as error:
             skipped[layer.name] = str(error)  # it is no candidate, but another layer may be
             continue
         ranked.append((layer, outcome))
-    if not ranked:
-        raise _nothing_left(case, skipped)
     return sorted(ranked, key=lambda item: item[1].cost), skipped
 
 
-def _tried(case: Case, layer: Layer, fit: Panel, unseen: Panel) -> Outcome:
+def _tried(case: Case, layer: Layer, fit: Panel, unseen: Panel, weights: Array | None) -> Outcome:
     """Return what a regression on some samples does to others."""
-    regression = closed_form.accumulate(case.experiment, layer, fit.clean, fit)
+    regression = closed_form.accumulate(case.experiment, layer, fit.clean, fit, weights=weights)
     changes = list(regression.solve(alpha=1.0, rho=1e-2, ranks=[None]))
     del regression  # a large layer's takes more than the model
     return Bench(case, layer).outcomes(unseen, changes)[0]
@@ -112,22 +154,21 @@ def _nothing_left(case: Case, skipped: dict[str, str]) -> ModelError:
     return ModelError(f"{case.experiment.model.path}: no layer could be cut open for a repair; {name}: {reason}")
 
 
-def _refine_best(case: Case, layers: list[Layer], skipped: dict[str, str]) -> list[_Change]:
+def _refine_best(
+    case: Case, layers: Sequence[Layer], skipped: dict[str, str], weights: Mapping[str, Array]
+) -> list[_Change]:
     """Refine the first layers for which that is possible; add the others to those skipped."""
     found: list[_Change] = []
     refined = 0
     for layer in layers:
-        settled = any(item.candidate.outcome.comfortable for item in found)
-        if refined == _REFINED_LAYERS or (settled and _takes_long(layer)):
+        if refined == _REFINED_LAYERS or (_comfortable(found) and _takes_long(layer)):
             break
         case.progress(f"refining {layer.name}")
         try:
-            found += _refine(case, layer)
+            found += _refine(case, layer, weights.get(layer.name))
             refined += 1
         except (ModelError, np.linalg.LinAlgError) as error:
             skipped[layer.name] = str(error)
-    if not found:
-        raise _nothing_left(case, skipped)
     return found
 
 
@@ -136,9 +177,11 @@ def _takes_long(layer: Layer) -> bool:
     return layer.features > _MANY_FEATURES
 
 
-def _refine(case: Case, layer: Layer) -> list[_Change]:
+def _refine(case: Case, layer: Layer, weights: Array | None = None) -> list[_Change]:
     """Solve every setting on all repair samples and measure each on the validation part."""
-    regression = closed_form.accumulate(case.experiment, layer, case.splits.repair, case.panel("repair"))
+    clean, panel = case.splits.repair, case.panel("repair")
+    regression = closed_form.accumulate(case.experiment, layer, clean, panel, weights=weights)
+    told = "" if weights is None else ", positions weighed"
     bench, validation = Bench(case, layer), case.panel("validation")
     some = _some_rows(case, layer)
     found: list[_Change] = []
@@ -146,7 +189,7 @@ def _refine(case: Case, layer: Layer) -> list[_Change]:
     def measure(label: str, change: Array, solve: Callable[[], Array]) -> None:
         (outcome,) = bench.outcomes(validation, [change])
         again = solve if change.nbytes > _SOLVED_AGAIN else partial(np.asarray, change)
-        found.append(_Change(layer, again, Candidate(f"{layer.name}: {label}", outcome)))
+        found.append(_Change(layer, again, Candidate(f"{layer.name}: {label}{told}", outcome)))
 
     for alpha, rho in product(closed_form.alphas(case.properties), closed_form.RHOS):
         for rank, change in zip(_RANKS, regression.solve(alpha, rho, _RANKS), strict=True):

@@ -244,3 +244,21 @@ def test_a_scaler_and_a_normalizer_are_steps_like_others(tmp_path: Path) -> None
     assert not any(node.domain for node in form.proto.graph.node)
     x = x_of(proto)
     np.testing.assert_allclose(run(form.proto, x)[0], run(proto, x)[0], atol=1e-6)
+
+
+@pytest.mark.parametrize("opset", [10, 12, 13])
+def test_integer_products_of_every_operator_set_are_taken_apart(opset: int, tmp_path: Path) -> None:
+    scale, step = np.float32(0.05), np.float32(0.02)
+    whole = np.clip(np.rint(W / step), -127, 127).astype(np.int8)
+    proto = build(
+        """g (float[N, 6] x) => (float[N, 4] y) {
+            q = QuantizeLinear (x, xs, xz)
+            p = QLinearMatMul (q, xs, xz, W, s, z, ys, yz)
+            y = DequantizeLinear (p, ys, yz)
+        }""",
+        {"W": whole, "s": step, "z": np.int8(0), "xs": scale, "xz": np.uint8(128), "ys": scale, "yz": np.uint8(128)},
+        opset=opset,
+    )
+    x = {"x": random(5, 6, seed=2)}
+    experiment = Experiment(save(proto, tmp_path), "cpu", 1 << 26, x)
+    close(experiment.scores(x), run(proto, x)[0], 1e-1)

@@ -24,7 +24,9 @@ from onnxcare.repair.bench import patched_outcome
 # -- on the sample models ------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("folder", [SQUARE, BLEND], ids=lambda path: path.name)
+@pytest.mark.parametrize(
+    "folder", [pytest.param(SQUARE, id=SQUARE.name), pytest.param(BLEND, id=BLEND.name, marks=pytest.mark.slow)]
+)
 def test_the_patched_file_does_what_was_measured(folder):
     case, found = sample_case(folder), auto_repaired(folder)
     panel = case.panel("validation")
@@ -71,6 +73,7 @@ def test_the_best_of_all_candidates_is_chosen():
     assert found.notes == []
 
 
+@pytest.mark.slow
 def test_same_seed_same_bytes():
     case = sample_case()
     again = auto.repair(sample_case.__wrapped__())

@@ -17,7 +17,6 @@ from onnxcare.case import Case
 from onnxcare.data import Dataset
 from onnxcare.errors import ModelError
 from onnxcare.graph.patch import Patch
-from onnxcare.graph.storage import Source
 from onnxcare.repair import cascade, closed_form, directions
 from onnxcare.repair.base import Proposals
 from onnxcare.repair.cascade import Setting, cascades
@@ -123,11 +122,11 @@ def by_hand(
     held = tensors(first)
     for weight, plain, bias, x, z, behind in table[setting.start :]:
         factor = (held["scale"] / np.sqrt(held["var"] + 1e-5)).reshape(-1, 1, 1) if behind else 1
-        drifts = (z.storage.read(Source(first, clean)) - z.storage.read(Source(now, clean))) / factor
-        shifts = (z.storage.read(Source(first, twins)) - z.storage.read(Source(now, bad))) / factor
+        drifts = (read(first, z, clean) - read(now, z, clean)) / factor
+        shifts = (read(first, z, twins) - read(now, z, bad)) / factor
         parts = []
         for samples, wanted, alpha in ((clean, drifts, setting.alpha), (bad, shifts, 1.0)):
-            rows, goals = as_rows(x.storage.read(Source(now, samples)), bias is not None), as_goals(wanted)
+            rows, goals = as_rows(read(now, x, samples), bias is not None), as_goals(wanted)
             scale = np.sqrt(alpha / len(samples))
             parts.append((scale * rows.reshape(-1, rows.shape[2]), scale * goals.reshape(-1, goals.shape[2])))
         (a, s), (b, t) = parts

@@ -225,14 +225,17 @@ def drifted(experiment: Experiment, layer: Layer) -> Experiment:
     return experiment.patched({layer.weight: old + 0.1 * random(*old.shape, seed=9)})
 
 
-def summed(layer: Layer, x: np.ndarray, wanted: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def summed(
+    layer: Layer, x: np.ndarray, wanted: np.ndarray, weights: np.ndarray | None = None
+) -> tuple[np.ndarray, np.ndarray]:
     """Return E[A' A] and E[A' T], sample by sample and position by position."""
     gram, across = np.zeros((1, *2 * [layer.matrix_shape[1]])), np.zeros(layer.matrix_shape)
     for sample, goal in zip(x, wanted, strict=True):
         rows, goals = layer.rows(sample[None])[0, 0], layer.output_rows(goal[None])[0, 0]
-        for row, one in zip(rows.astype(np.float64), goals.astype(np.float64), strict=True):
-            gram[0] += np.outer(row, row) / len(x)
-            across[0] += np.outer(row, one) / len(x)
+        counts = np.ones(len(rows)) if weights is None else weights
+        for row, one, count in zip(rows.astype(np.float64), goals.astype(np.float64), counts, strict=True):
+            gram[0] += count * np.outer(row, row) / len(x)
+            across[0] += count * np.outer(row, one) / len(x)
     return gram, across
 
 
@@ -264,6 +267,31 @@ def test_sums_behind_changed_layers_equal_a_plain_loop(tmp_path, name, tensor):
     np.testing.assert_allclose(sums.right, right, rtol=1e-3, atol=1e-4)
     if name == "inner":
         assert not sums.right[0, :, 3].any() and np.abs(sums.right[0, :, :3]).max() > 0.1
+
+
+@pytest.mark.parametrize("again", [False, True])
+def test_positions_may_count_more_or_less(tmp_path, again):
+    """Of the model as it is, and behind layers that were changed; a position of weight zero does not count at all."""
+    subject = normed()
+    original = operate(subject, tmp_path)
+    layers = {layer.name: layer for layer in original.layers}
+    now = drifted(original, layers["stem"]) if again else original
+    clean, panel = triggered(subject, twins=True)
+    layer, weights = layers["inner"], np.random.default_rng(5).uniform(size=16)
+    weights[3] = 0
+    aim = Aim(original, layer, clean) if again else None
+    sums = accumulate(now, layer, clean, panel, aim, weights)
+    bad, twins = panel.evidence[0].bad, panel.evidence[0].twins
+    for samples, wanted, found, right in (
+        (clean, clean, sums.clean, sums.drift),
+        (bad, twins, sums.bad, sums.right),
+    ):
+        goal = run(subject.proto, wanted.inputs, "a")[0] - run(now.copy, samples.inputs, "a")[0]
+        gram, across = summed(layer, run(now.copy, samples.inputs, layer.input)[0], goal * UNDONE, weights)
+        np.testing.assert_allclose(found, gram, rtol=1e-4, atol=1e-5)
+        if right is not None:
+            np.testing.assert_allclose(right, across, rtol=1e-3, atol=1e-4)
+    assert (sums.drift is None) != again
 
 
 def test_of_an_unchanged_model_nothing_has_drifted(tmp_path):

@@ -321,6 +321,7 @@ def test_no_part_is_searched_where_the_whole_cut_is_good_enough(tmp_path):
     assert min(item.candidate.outcome.violation for item in cut.propose(case_of(tmp_path)).found) == 0
 
 
+@pytest.mark.slow
 def test_same_seed_same_shares(tmp_path):
     case = biased_people(tmp_path, {"accuracy_drop": 0.02, "recall_drop": 0.1})
     labels = [[item.candidate.label for item in cut.propose(case).found] for _ in range(2)]
@@ -384,6 +385,7 @@ def test_the_census_model_judges_nobody_by_sex_or_race(tmp_path, seed):
     check_census(onnxcare.fix(CENSUS / "model.onnx", CENSUS / "care.yaml", out, seed=seed, device="cpu"), out)
 
 
+@pytest.mark.slow
 def test_the_census_model_on_less_data(tmp_path):
     spec, out = thinned(CENSUS, tmp_path, data=2500, holdout=2000), tmp_path / "out.onnx"
     check_census(onnxcare.fix(CENSUS / "model.onnx", spec, out, seed=1, device="cpu"), out)

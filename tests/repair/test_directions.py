@@ -13,6 +13,7 @@ import pytest
 from cases import BLEND, SQUARE, sample_case
 
 from onnxcare.errors import ModelError
+from onnxcare.graph.gradients import NoGradient
 from onnxcare.graph.patch import Patch
 from onnxcare.panel import Outcome
 from onnxcare.repair import directions
@@ -57,7 +58,9 @@ def test_changes_of_a_large_layer_are_solved_for_again(monkeypatch):
         np.testing.assert_allclose(one.solve(), other.solve(), atol=1e-9)
 
 
-@pytest.mark.parametrize("folder", [SQUARE, BLEND], ids=lambda path: path.name)
+@pytest.mark.parametrize(
+    "folder", [pytest.param(SQUARE, id=SQUARE.name), pytest.param(BLEND, id=BLEND.name, marks=pytest.mark.slow)]
+)
 def test_the_patched_file_does_what_was_measured(folder):
     found = best(folder)
     panel = sample_case(folder).panel("validation")
@@ -92,6 +95,35 @@ def test_where_a_closed_form_keeps_every_limit_with_ease_nothing_is_searched():
     closed = [item.candidate for item in searched().found if "CMA-ES" not in item.candidate.label]
     assert [item.candidate for item in proposed().found] == closed
     assert proposed().details["cmaes_evaluations"] == 0
+
+
+def test_positions_are_weighed_where_there_are_several_and_no_closed_form_is_good_enough(monkeypatch):
+    case = sample_case()
+    weights = directions._weights(case)
+    assert {name: len(values) for name, values in weights.items()} == {"/conv1/Conv": 28**2, "/conv2/Conv": 14**2}
+    assert all(values.mean() == pytest.approx(1) and (values >= 0).all() for values in weights.values())
+    assert proposed().details["weighed scan"] == []
+    assert {entry["layer"] for entry in searched().details["weighed scan"]} == set(weights)
+    assert not any("weighed" in item.candidate.label for item in searched().found)
+    # What is made of them is measured as what it is.
+    monkeypatch.setattr(directions.closed_form, "_ALPHAS", (1.0,))
+    monkeypatch.setattr(directions.closed_form, "RHOS", (1e-3,))
+    monkeypatch.setattr(directions, "_RANKS", (None,))
+    layer = next(layer for layer in case.experiment.layers if layer.name == "/conv2/Conv")
+    plain, found = (directions._refine(case, layer, kind)[0] for kind in (None, weights[layer.name]))
+    assert found.candidate.label == f"{plain.candidate.label}, positions weighed"
+    assert found.candidate.outcome.cost != plain.candidate.outcome.cost
+    panel = case.panel("validation")
+    outcome = panel.outcomes(file_scores(SQUARE, directions._values(case, found), panel.inputs)[None])[0]
+    np.testing.assert_allclose(outcome.cost, found.candidate.outcome.cost, rtol=1e-2, atol=1e-5)
+
+
+def test_without_a_derivative_all_positions_count_alike(monkeypatch):
+    def fail(*args):
+        raise NoGradient("Sign 'sign' has no derivative")
+
+    monkeypatch.setattr(directions, "position_weights", fail)
+    assert directions._weights(sample_case()) == {}
 
 
 def test_a_larger_network_gets_fewer_generations(monkeypatch):
@@ -193,10 +225,12 @@ def test_a_small_change_touches_some_rows_or_as_many_as_are_allowed():
 
 def test_directions_are_for_evidence_that_can_be_transplanted():
     assert directions.applies(sample_case())
-    assert not directions.applies(SimpleNamespace(properties=[]))
-    other = SimpleNamespace(transplantable=False)
-    assert not directions.applies(SimpleNamespace(properties=[other]))
-    assert directions.applies(SimpleNamespace(properties=[other, *sample_case().properties]))
+    layers, other = SimpleNamespace(open_layers=["layer"]), SimpleNamespace(transplantable=False)
+    assert not directions.applies(SimpleNamespace(experiment=layers, properties=[]))
+    assert not directions.applies(SimpleNamespace(experiment=layers, properties=[other]))
+    assert directions.applies(SimpleNamespace(experiment=layers, properties=[other, *sample_case().properties]))
+    none = SimpleNamespace(open_layers=[])
+    assert not directions.applies(SimpleNamespace(experiment=none, properties=sample_case().properties))
 
 
 @pytest.mark.parametrize("rank", [1, 2, 4, 6])

@@ -145,6 +145,7 @@ def test_several_properties_are_kept_at_once(tmp_path, more):
     assert not (y[:, 1] >= 0.249 if ">=" in more else y[:, 1] <= 0.24).any()
 
 
+@pytest.mark.slow
 def test_same_seed_same_change(tmp_path):
     changes = [proposed(case_of(tmp_path, "(>= Y_0 0.8)")).make() for _ in range(2)]
     for one, other in zip(changes[0].values(), changes[1].values(), strict=True):
