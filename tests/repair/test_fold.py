@@ -28,7 +28,7 @@ def case_of(text: str, weights: dict[str, np.ndarray], x: np.ndarray, path: Path
     model = load_model(path)
     return SimpleNamespace(
         experiment=Experiment(model, "cpu", 1 << 28, {"x": x}),
-        read=lambda parameter: parameters.parameter.storage.read(Source(model.proto, model.path.parent)),
+        read=lambda parameter: parameter.storage.read(Source(model.proto, model.path.parent)),
     )
 
 
