@@ -140,6 +140,17 @@ def _key_for(path: Path, arrays: Mapping[str, Array], name: str, alone: bool) ->
     )
 
 
+# So many lengths of a shape are told.
+_AXES = 8
+
+
+def _shown(shape: tuple[int | str | None, ...]) -> str:
+    """Return a shape as text; damaged files may have one of hundreds of axes."""
+    if len(shape) <= _AXES:
+        return str(list(shape))
+    return f"{str(list(shape[:_AXES]))[:-1]}, ...] of {len(shape)} axes"
+
+
 def check_fits(values: Array, signature: Signature, what: str, *, batched: bool = True) -> None:
     """Check dtype, shape and finiteness of an array against a model input.
 
@@ -161,8 +172,8 @@ def check_fits(values: Array, signature: Signature, what: str, *, batched: bool 
         fits = values.ndim >= start
     if not fits:
         raise DataError(
-            f"{what} has shape {list(values.shape)}, but the model's input {signature.name!r} "
-            f"takes {['samples', *expected[1:]] if batched else list(expected)}"
+            f"{what} has shape {_shown(values.shape)}, but the model's input {signature.name!r} "
+            f"takes {_shown(('samples', *expected[1:]) if batched else expected)}"
         )
     if np.issubdtype(values.dtype, np.floating) and not np.isfinite(values).all():
         bad = int(np.size(values) - np.isfinite(values).sum())

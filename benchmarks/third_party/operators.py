@@ -60,9 +60,10 @@ def tried(path: Path) -> list[Step]:
     axes = {name: None for name, values in inputs.items() if not values.ndim}
     subject = Subject(_name(path), PACKAGE, str(path), lambda rng, size: inputs, axes, rows=rows)
     bench = Bench(path, subject)
+    places = [f"{path}: ", f"{path.parent}/"]
     found = []
     for name, function in (("load", bench.load), ("copy", bench.copy), ("intervene", bench.intervene)):
-        found.append(taken(name, function, [f"{path}: ", f"{path.parent}/"]))
+        found.append(taken(name, function, places))
         if found[-1].outcome != "done":
             break
     return found

@@ -116,15 +116,16 @@ class Bench:
     """
 
     def __init__(self, path: Path, subject: Subject) -> None:
-        """Draw inputs; nothing is loaded yet."""
+        """Remember them; nothing is loaded yet."""
         self.path, self.subject = path, subject
-        self._feeds = subject.draw(np.random.default_rng(SEED), subject.rows)
-        # As onnxcare works with them, with samples on axis 0.
-        self._rows = {name: _samples_first(name, values, subject) for name, values in self._feeds.items()}
 
     def load(self) -> Facts:
         """Load the file, and list layers and sites."""
-        self.model: Model = load_model(self.path, self.subject.axes)
+        subject = self.subject
+        self._feeds = subject.draw(np.random.default_rng(SEED), subject.rows)
+        # As onnxcare works with them, with samples on axis 0.
+        self._rows = {name: _samples_first(name, values, subject) for name, values in self._feeds.items()}
+        self.model: Model = load_model(self.path, subject.axes)
         found = onnxcare.inspect(self.path)
         self._hand = ByHand(self.path, self.subject.axes)
         self._answers = dict(zip(self._hand.outputs, self._hand.answers(self._feeds), strict=True))

@@ -125,6 +125,7 @@ def worker() -> Iterator[Worker]:
     worker.close()
 
 
+@pytest.mark.slow
 def test_damaged_files(worker: Worker, record_property) -> None:  # type: ignore[no-untyped-def]
     tried = Tried(worker)
     same(tried, cases(), 500)
