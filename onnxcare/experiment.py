@@ -61,6 +61,7 @@ class Experiment:
         probe: inputs of two samples, for trying things out.
         pool: who else may run families of interventions; None for this process alone.
         family: the latest family, and with it what all its members share.
+        lost: what layers and sites read and write with something else than the samples on axis 0.
     """
 
     def __init__(
@@ -216,7 +217,7 @@ class Experiment:
         layers, sites = self.form.layers, self.form.sites
         tensors = {name for layer in layers for name in (layer.input, layer.output)} | {s.tensor for s in sites}
         names = sorted(tensors & reached - set(self.probe))
-        lost = set()
+        lost: set[str] = set()
         if names:
             content = surgery.expose(self.copy, names, str(self.model.path)).SerializeToString()
             session = Session(content, optimise=False, what=str(self.model.path))
@@ -238,6 +239,7 @@ class Experiment:
             wrong = next((reader for reader in site.readers if reader.input in lost), None)
             return site.refusal or (f"layer {wrong.name}: {_no_samples(wrong.input)}" if wrong else None)
 
+        self.lost = frozenset(lost)
         self._inner = tuple(sorted({*names, self.logits} - lost - set(self.probe)))
         return (
             [replace(layer, refusal=refusal(layer), tied=layer.tied and sound(layer)) for layer in layers],

@@ -157,11 +157,11 @@ class Reader:
 
     @classmethod
     def of(cls, experiment: Experiment, site: Site) -> Reader | None:
-        """Return the layer that alone reads a site; None where there is none, or its inputs mix units."""
+        """Return the layer that alone reads a site; None where there is none, or its inputs mix units or samples."""
         if site.other is not None or len(site.readers) != 1:
             return None
         (layer,) = site.readers
-        if not np.issubdtype(layer.weight.dtype, np.floating):
+        if not np.issubdtype(layer.weight.dtype, np.floating) or layer.input in experiment.lost:
             return None
         features = features_of(experiment, site, layer)
         return None if features is None else cls(layer, layer.matrix(experiment.read(layer.weight), None), features)

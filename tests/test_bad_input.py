@@ -113,6 +113,18 @@ def two_value_fields(proto: onnx.ModelProto) -> None:
     proto.graph.initializer[0].float_data.extend([0.0] * proto.graph.initializer[0].dims[0] * FEATURES)
 
 
+def shorter_raw(proto: onnx.ModelProto) -> None:
+    tensor = next(tensor for tensor in proto.graph.initializer if tensor.name == "first.weight")
+    tensor.raw_data = tensor.raw_data[:-4]
+
+
+def shapeless_typed(proto: onnx.ModelProto) -> None:
+    tensor = next(tensor for tensor in proto.graph.initializer if tensor.name == "first.bias")
+    values = numpy_helper.to_array(tensor)
+    tensor.CopyFrom(helper.make_tensor(tensor.name, tensor.data_type, tensor.dims, values.tolist()))
+    del tensor.dims[:]
+
+
 def external(paths: Paths) -> Path:
     sidecar = paths.folder / "weights.bin"
     onnx.save_model(
@@ -159,6 +171,8 @@ MODELS = [
     bad("input that is no text", holding(dense().SerializeToString().replace(b"input", b"inp\xfft")), "cannot load"),
     bad("node that is no text", holding(dense().SerializeToString().replace(b"relu", b"re\xffu")), "taken apart"),
     bad("one score", edited(one_score), "no output with one score per class", "scores"),
+    bad("fewer values than the shape says", edited(shorter_raw), "first.weight", "damaged", "[16, 8]"),
+    bad("more values than the shape says", edited(shapeless_typed), "first.bias", "damaged", "[]"),
     bad("external data missing", lambda paths: external(paths).unlink(), "weights.bin", "missing"),
     bad("external data cut", lambda paths: external(paths).write_bytes(b"1234"), "cannot load", "External"),
     bad("external data nowhere", external_at("offset", "banana"), "external data"),

@@ -65,6 +65,15 @@ def test_exchanging_a_unit_is_taking_its_values_from_other_samples(table: tuple[
         assert_close(found, at_the_site(experiment, site, x, units, reference[None]))
 
 
+@pytest.mark.parametrize("width", [8, 1])
+def test_a_unit_is_forced_at_the_site_where_the_reader_has_the_samples_on_another_axis(
+    width: int, tmp_path: Path
+) -> None:
+    nodes = "h = Gemm (x, W1) t = Transpose <perm = [1, 0]> (h) y = Gemm <transA = 1> (t, V)"
+    subject = dense_subject(nodes, {"W1": random(6, width), "V": random(width, 4, seed=1)})
+    assert_forced(operate(subject, tmp_path), subject.samples(SIZE))
+
+
 @pytest.mark.parametrize("rows", [1, 2, 5, 16, 40, 1000])
 @pytest.mark.parametrize("name", ["mlp", "residual", "keras"])
 def test_any_size_of_a_run_gives_the_same(name: str, rows: int, tmp_path: Path, monkeypatch) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -228,8 +229,35 @@ def _check_values(path: Path, proto: onnx.ModelProto) -> None:
                 f"{path}: tensor {tensor.name!r} carries values in two fields ({' and '.join(fields)}): "
                 "readers disagree about its weights"
             )
+        if not uses_external_data(tensor) and not _holds_what_it_says(tensor):
+            raise ModelError(
+                f"{path}: tensor {tensor.name!r} is damaged: it holds more or fewer values than its shape "
+                f"{list(tensor.dims)} says"
+            )
 
 
+def _holds_what_it_says(tensor: onnx.TensorProto) -> bool:
+    """Return whether a tensor holds as many values as its dimensions say; onnxruntime does not always look."""
+    width = _WIDTHS.get(tensor.data_type)
+    if width is None:  # text, types of which several values share a byte, and what is no type
+        return True
+    count, raw = math.prod(tensor.dims), tensor.raw_data
+    if raw:
+        return len(raw) == count * width
+    return sum(len(getattr(tensor, name)) for name in VALUE_FIELDS) == count
+
+
+# Bytes of a value, for types that have a field of their own beside raw_data.
+_WIDTHS = {
+    onnx.TensorProto.DataType.Value(kind): np.dtype(width).itemsize
+    for width, kinds in {
+        "u1": "INT8 UINT8 BOOL FLOAT8E4M3FN FLOAT8E4M3FNUZ FLOAT8E5M2 FLOAT8E5M2FNUZ",
+        "u2": "INT16 UINT16 FLOAT16 BFLOAT16",
+        "u4": "INT32 UINT32 FLOAT",
+        "u8": "INT64 UINT64 DOUBLE",
+    }.items()
+    for kind in kinds.split()
+}
 _DTYPES = {
     "float": np.float32,
     "double": np.float64,

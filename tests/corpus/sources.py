@@ -10,8 +10,8 @@ import importlib
 import os
 import pkgutil
 import warnings
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -26,11 +26,12 @@ FURTHER = os.environ.get("ONNXCARE_CORPUS", "/usr/share/libonnx-testdata/data")
 
 @dataclass(frozen=True)
 class Entry:
-    """A model file: where it is from, its name there, and its bytes."""
+    """A model file: where it is from, its name there, its bytes, and the files of external data beside it."""
 
     source: str
     name: str
     data: bytes
+    beside: Mapping[str, bytes] = field(default_factory=dict)
 
 
 def entries(every: int = 1) -> Iterator[Entry]:
@@ -49,7 +50,12 @@ def entries(every: int = 1) -> Iterator[Entry]:
 
 def _files(source: str, folder: Path, every: int) -> Iterator[Entry]:
     for path in sorted(folder.rglob("*.onnx"))[::every]:
-        yield Entry(source, str(path.relative_to(folder)), path.read_bytes())
+        proto = onnx.load(path, load_external_data=False)
+        outside = {
+            item.value for tensor in proto.graph.initializer for item in tensor.external_data if item.key == "location"
+        }
+        beside = {name: (path.parent / name).read_bytes() for name in sorted(outside)}
+        yield Entry(source, str(path.relative_to(folder)), path.read_bytes(), beside)
 
 
 def _operator_tests(every: int) -> list[Any]:
