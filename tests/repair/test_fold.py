@@ -12,7 +12,6 @@ import pytest
 
 from onnxcare.errors import ModelError
 from onnxcare.experiment import Experiment
-from onnxcare.graph import parameters
 from onnxcare.graph.model import load_model
 from onnxcare.graph.patch import Patch
 from onnxcare.graph.storage import Source
